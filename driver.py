@@ -1,0 +1,553 @@
+"""Learn brain MRI slices and make new ones: VQ-VAE, PixelCNN prior, sampling, numbers and pictures.
+
+    python driver.py                             synthetic slices, for trying it out
+    python driver.py --data-dir /path/to/slices  OASIS slices
+
+Everything goes to the run folder. Started again with the same constants, a run goes on after its last
+finished step.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty where there is no GPU
+
+import csv
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import keras
+import numpy as np
+import tyro
+from PIL import Image
+
+import dataset
+import metrics
+import model
+import plots
+import sampling
+
+PROJECT_VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every constant. Edit them here or pass them, as in --image-size 128."""
+
+    data_dir: Path | None = None  # folder of OASIS PNG slices; None makes synthetic ones
+    run_dir: Path = Path("runs/oasis96")  # where everything of this run goes
+    seed: int = 0  # fixes initial weights, shuffles, restarts, dropout, samples and synthetic people
+
+    image_size: int = 96  # height and width in pixels; slices are resized to it
+    downsampling: int = 8  # pixels that a code's side stands for: 2, 4, 8, …; 96 / 8 makes 12 × 12 codes
+    channels: int = 64  # of the encoder's first convolution; each coarser resolution has twice as many
+    residual_blocks: int = 1  # at each of the two coarsest resolutions, in encoder and decoder
+    num_embeddings: int = 512  # K: codes in the codebook
+    embedding_dim: int = 32  # D: length of a code
+    codebook: Literal["ema", "gradient"] = "ema"  # codes follow moving averages, or the loss of equation 3
+    ema_decay: float = 0.99  # γ of the moving averages
+    commitment_weight: float = 0.25  # β of the commitment loss
+    restart_below: float = 0.1  # share of the mean use below which a code restarts; 0 never restarts
+    mse_weight: float = 1.0  # of MSE / variance of the data in the reconstruction loss
+    l1_weight: float = 1.0  # of the mean absolute error
+    ssim_weight: float = 1.0  # of 1 − SSIM
+
+    batch_size: int = 32  # slices in a training step, both stages
+    vqvae_epochs: int = 50  # at most
+    vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
+    vqvae_patience: int = 10  # epochs without a better validation reconstruction before stopping
+
+    prior: Literal["gated", "plain"] = "gated"  # gated two-stack PixelCNN, or plain masked convolutions
+    prior_filters: int = 128  # channels
+    prior_blocks: int = 6  # residual blocks
+    prior_kernel_size: int = 3  # of the blocks' masked convolutions, odd; the first is 7 × 7
+    prior_dropout: float = 0.2  # share of a block's activations dropped in training
+    prior_uses_position: bool = True  # tell the prior the slice position
+    prior_epochs: int = 20  # at most
+    prior_learning_rate: float = 1e-3  # peak, as above
+    prior_patience: int = 4  # epochs without a better validation loss before stopping
+
+    num_samples: int = 20  # new brains
+    sample_positions: tuple[int, ...] = ()  # slice positions to draw, in turn; none: as in the training data
+    temperature: float = 1.0  # below 1 draws likelier codes, above 1 more varied ones
+    top_k: int = 0  # draw among the k likeliest codes only; 0: all
+    top_p: float = 1.0  # draw among the likeliest codes that hold this share of the probability
+
+
+SAMPLING_CONSTANTS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")
+
+
+class ConfigError(Exception):
+    """A constant that cannot work. The message is one line that names it and says what to do."""
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded or written.
+
+    Raises:
+        ConfigError: names the first such field, its value and what it must be.
+    """
+
+    def require(field: str, holds: Callable, must: str) -> None:
+        value = getattr(config, field)
+        if not holds(value):
+            raise ConfigError(f"{field} is {value}: must be {must}")
+
+    positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
+    positive += ("vqvae_patience", "prior_filters", "prior_blocks", "prior_epochs", "prior_patience", "num_samples")
+    for field in positive:
+        require(field, lambda v: v >= 1, "at least 1")
+    for field in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
+        require(field, lambda v: 0 < v < float("inf"), "a positive number")
+    for field in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
+        require(field, lambda v: 0 <= v < float("inf"), "0 or a positive number")
+    for field in ("seed", "residual_blocks", "top_k"):
+        require(field, lambda v: v >= 0, "0 or more")
+    for field in ("ema_decay", "restart_below", "prior_dropout"):
+        require(field, lambda v: 0 <= v < 1, "from 0 to below 1")
+    require("num_embeddings", lambda v: v >= 2, "at least 2")
+    require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
+    require("downsampling", lambda v: v >= 2 and v & (v - 1) == 0, "a power of two: 2, 4, 8, …")
+    require("image_size", lambda v: v % config.downsampling == 0, f"a multiple of downsampling ({config.downsampling})")
+    require("image_size", lambda v: v >= 16, "at least 16 (SSIM's window is 11 pixels wide)")
+    require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd, and at least 3")
+    if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
+        raise ConfigError("mse_weight is 0.0: one of mse_weight, l1_weight and ssim_weight must be positive")
+    if config.sample_positions and not config.prior_uses_position:
+        raise ConfigError("sample_positions is set: needs prior_uses_position, else the prior cannot follow it")
+    grid, first = config.image_size // config.downsampling, model.PixelCNN.FIRST_KERNEL
+    try:
+        model.block_dilations(grid, first, config.prior_kernel_size, config.prior_blocks)
+    except ValueError as error:
+        raise ConfigError(f"prior_blocks is {config.prior_blocks}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------- the steps
+
+
+def main(config: Config) -> dict:
+    """Run all steps that are not done yet, in order; returns what stands in metrics.json.
+
+    Raises:
+        ConfigError: a constant cannot work, or the run folder holds a run with other constants.
+        dataset.DataError: the data cannot be used.
+    """
+    check(config)
+    run = Run(config)
+    if run.is_complete():
+        print(f"{run.folder} is complete; nothing to do. Another run_dir or seed makes another run.")
+        return run.finish()
+
+    print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, since data_dir is not set")
+    slices = dataset.load(config.data_dir, config.image_size, config.seed)
+    for split, held in slices.items():
+        print(f"  {split}: {len(held)} slices of {len(set(held.cases))} people")
+    known = np.unique(slices["train"].positions)
+    unknown = sorted(set(config.sample_positions) - set(known.tolist()))
+    if unknown:
+        raise ConfigError(f"sample_positions has {unknown[0]}: the training slices have {known.min()} to {known.max()}")
+    run.start()
+
+    vqvae = train_vqvae(config, run, slices)
+    codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
+    prior = train_prior(config, run, codes, slices)
+    draw_samples(config, run, vqvae, prior, slices)
+    measure(config, run, vqvae, prior, codes["test"], slices["test"])
+    draw_pictures(config, run, vqvae, prior, codes["test"], slices)
+    return run.finish()
+
+
+def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -> model.VQVAE:
+    """Train the VQ-VAE, or load it if that is done."""
+    path = run.folder / "vqvae.keras"
+    if path.exists():
+        return keras.saving.load_model(path, compile=False)
+    keras.utils.set_random_seed(config.seed)
+    vqvae = model.VQVAE(
+        image_size=config.image_size,
+        downsampling=config.downsampling,
+        channels=config.channels,
+        residual_blocks=config.residual_blocks,
+        num_embeddings=config.num_embeddings,
+        embedding_dim=config.embedding_dim,
+        commitment_weight=config.commitment_weight,
+        codebook=config.codebook,
+        ema_decay=config.ema_decay,
+        restart_below=config.restart_below,
+        mse_weight=config.mse_weight,
+        l1_weight=config.l1_weight,
+        ssim_weight=config.ssim_weight,
+        data_variance=max(float(np.var(slices["train"].images, dtype=np.float64)) / 255**2, 1e-6),
+        seed=config.seed,
+    )
+    train, validate = slices["train"], slices["validate"]
+    fit(
+        vqvae,
+        run,
+        training=dataset.image_batches(train, config.batch_size, config.seed),
+        validation=dataset.image_batches(validate, config.batch_size),
+        steps=dataset.steps_per_epoch(len(train), config.batch_size),
+        epochs=config.vqvae_epochs,
+        learning_rate=config.vqvae_learning_rate,
+        patience=config.vqvae_patience,
+        monitor="val_reconstruction",
+        path=path,
+    )
+    return keras.saving.load_model(path, compile=False)
+
+
+def train_prior(config: Config, run: "Run", codes: dict[str, np.ndarray], slices: dict) -> model.PixelCNN:
+    """Train the prior on the code indices, or load it if that is done."""
+    path = run.folder / "prior.keras"
+    if path.exists():
+        return keras.saving.load_model(path, compile=False)
+    keras.utils.set_random_seed(config.seed)
+    prior = model.PixelCNN(
+        num_embeddings=config.num_embeddings,
+        grid_size=codes["train"].shape[1:],
+        filters=config.prior_filters,
+        num_blocks=config.prior_blocks,
+        kernel_size=config.prior_kernel_size,
+        dropout=config.prior_dropout,
+        gated=config.prior == "gated",
+        use_position=config.prior_uses_position,
+    )
+    positions = {split: held.positions for split, held in slices.items()}
+    fit(
+        prior,
+        run,
+        training=dataset.code_batches(codes["train"], positions["train"], config.batch_size, config.seed),
+        validation=dataset.code_batches(codes["validate"], positions["validate"], config.batch_size),
+        steps=dataset.steps_per_epoch(len(codes["train"]), config.batch_size),
+        epochs=config.prior_epochs,
+        learning_rate=config.prior_learning_rate,
+        patience=config.prior_patience,
+        monitor="val_loss",
+        path=path,
+    )
+    return keras.saving.load_model(path, compile=False)
+
+
+def fit(network, run, training, validation, steps, epochs, learning_rate, patience, monitor, path) -> None:
+    """Train either network and save the best one on validation to `path`, whole or not at all."""
+    print(
+        f"\ntraining {path.stem}: {network.count_params():,} weights, {steps} steps an epoch, {epochs} epochs at most"
+    )
+    warm_up = min(2 * steps, 100)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, max(epochs * steps - warm_up, 1), warmup_target=learning_rate, warmup_steps=warm_up
+    )
+    network.compile(keras.optimizers.Adam(schedule, global_clipnorm=1.0))
+    unfinished = run.folder / "checkpoint" / path.name
+    unfinished.parent.mkdir(exist_ok=True)
+    network.fit(
+        training,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        shuffle=False,  # the pipeline has done it
+        validation_data=validation,
+        verbose=1 if sys.stdout.isatty() else 2,
+        callbacks=[
+            SeedEpoch(run.config.seed),
+            History(run, path.stem),
+            keras.callbacks.TensorBoard(run.folder / "logs" / path.stem),
+            keras.callbacks.ModelCheckpoint(unfinished, monitor, save_best_only=True, mode="min"),
+            keras.callbacks.EarlyStopping(monitor, patience=patience, mode="min", verbose=1),
+            keras.callbacks.TerminateOnNaN(),
+        ],
+    )
+    best = keras.saving.load_model(unfinished, compile=False)
+    best.save(unfinished)  # once more, without the optimiser's state
+    unfinished.replace(path)
+
+
+def encode(vqvae: model.VQVAE, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Code indices (N, h, w) int32 of images (N, H, W, 1) uint8, a batch at a time."""
+    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+    return np.concatenate([keras.ops.convert_to_numpy(vqvae.encode(dataset.to_float(batch))) for batch in batches])
+
+
+def decode(vqvae: model.VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
+    """Images (N, H, W, 1) float32 in [0, 1] of code indices (N, h, w), a batch at a time."""
+    batches = (codes[i : i + batch_size] for i in range(0, len(codes), batch_size))
+    return np.concatenate([keras.ops.convert_to_numpy(vqvae.decode_code(batch)) for batch in batches])
+
+
+def draw_codes(config: Config, prior: model.PixelCNN, positions: np.ndarray, name: str) -> np.ndarray:
+    """Draw code indices (N, h, w) with the configuration's seed and temperature, showing progress."""
+    bar = dataset.progress_bar(len(positions), name)
+    return sampling.draw(
+        prior, positions, config.seed, config.temperature, config.top_k, config.top_p, progress=bar.add
+    )
+
+
+def draw_samples(config: Config, run: "Run", vqvae, prior, slices: dict[str, dataset.Slices]) -> None:
+    """New brains: samples/codes.npy, one PNG each, and the picture of them all."""
+    folder = run.folder / "samples"
+    if folder.exists():
+        return
+    print()
+    positions = sample_positions(config, slices["train"].positions)
+    codes = draw_codes(config, prior, positions, "samples")
+    images = decode(vqvae, codes, config.batch_size)
+    unfinished = run.folder / "checkpoint" / "samples"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    np.save(unfinished / "codes.npy", codes)
+    for i, (image, position) in enumerate(zip(images, positions, strict=True)):
+        grey = (image[..., 0] * 255).round().astype(np.uint8)
+        Image.fromarray(grey).save(unfinished / f"sample_{i:03d}_slice_{position}.png")
+    plots.samples(run.folder / "images" / "samples.png", images, positions, run.note)
+    unfinished.rename(folder)
+
+
+def sample_positions(config: Config, train_positions: np.ndarray) -> np.ndarray:
+    """(num_samples,) slice positions: the chosen ones in turn, or drawn as they occur in the training data."""
+    if config.sample_positions:
+        return np.resize(np.array(config.sample_positions, np.int32), config.num_samples)
+    return np.random.default_rng([config.seed, 1]).choice(train_positions, config.num_samples).astype(np.int32)
+
+
+def measure(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, test: dataset.Slices) -> None:
+    """metrics.json: numbers over the whole test split."""
+    if run.metrics_path.exists():
+        return
+    prior.compile()
+    cross_entropy = prior.evaluate(
+        dataset.code_batches(codes, test.positions, config.batch_size), return_dict=True, verbose=0
+    )
+    numbers = {
+        "test_slices": len(test),
+        "test_people": len(set(test.cases)),
+        **metrics.reconstruction_metrics(dataset.to_float(test.images), decode(vqvae, codes, config.batch_size)),
+        **metrics.code_metrics(codes, config.num_embeddings),
+        **metrics.prior_metrics(cross_entropy["loss"], codes[0].size),
+    }
+    write_text(run.metrics_path, json.dumps(numbers, indent=2) + "\n")
+
+
+def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, slices: dict) -> None:
+    """images/: all pictures that are missing."""
+    print("drawing pictures")
+    folder, note, test = run.folder / "images", run.note, slices["test"]
+    history = {stage: [row for row in run.history if row["stage"] == stage] for stage in ("vqvae", "prior")}
+    shown = np.unique(np.linspace(0, len(test) - 1, min(8, len(test))).astype(int))
+    shown = np.argsort(test.positions, kind="stable")[shown]  # spread over the positions
+    originals, positions = dataset.to_float(test.images[shown]), test.positions[shown]
+    embeddings = keras.ops.convert_to_numpy(vqvae.quantizer.embeddings)
+
+    def by_position(path: Path) -> None:
+        train_positions, rows = np.unique(slices["train"].positions), 4
+        chosen = train_positions[np.unique(np.linspace(0, len(train_positions) - 1, 8).astype(int))]
+        nearest = [int(np.argmin(np.abs(test.positions - position))) for position in chosen]
+        drawn = decode(vqvae, draw_codes(config, prior, np.repeat(chosen, rows), "more samples"), config.batch_size)
+        drawn = drawn.reshape(len(chosen), rows, *drawn.shape[1:])
+        plots.samples_by_position(path, dataset.to_float(test.images[nearest]), drawn, chosen, note)
+
+    pictures = {
+        "vqvae_loss.png": lambda path: plots.vqvae_loss(path, history["vqvae"], note),
+        "prior_loss.png": lambda path: plots.prior_loss(path, history["prior"], config.num_embeddings, note),
+        "ssim.png": lambda path: plots.ssim(path, history["vqvae"], note),
+        "codebook.png": lambda path: plots.codebook(path, history["vqvae"], config.num_embeddings, note),
+        "reconstructions.png": lambda path: plots.reconstructions(
+            path, originals, decode(vqvae, codes[shown], config.batch_size), positions, note
+        ),
+        "codes.png": lambda path: plots.codes(path, originals, codes[shown], embeddings, positions, note),
+        "samples_by_position.png": by_position,
+    }
+    for name, draw in pictures.items():
+        if not (folder / name).exists():
+            draw(folder / name)
+
+
+PICTURES = (
+    "vqvae_loss.png",
+    "prior_loss.png",
+    "ssim.png",
+    "codebook.png",
+    "reconstructions.png",
+    "codes.png",
+    "samples.png",
+    "samples_by_position.png",
+)
+
+
+# ------------------------------------------------------------------------------------------ the run folder
+
+
+class Run:
+    """The run folder: what is done, the constants it was done with, the history so far."""
+
+    def __init__(self, config: Config):
+        """Raises ConfigError if the folder holds a run with other constants."""
+        self.config = config
+        self.folder = config.run_dir
+        self.metrics_path = self.folder / "metrics.json"
+        self.note = "" if config.data_dir else "SYNTHETIC slices, not real brains"
+        self.history = _read_history(self.folder / "history.csv")
+        self._begun = time.monotonic()
+        self._compare_constants()
+
+    def _compare_constants(self) -> None:
+        path = self.folder / "config.json"
+        self.sampling_differs = False
+        if not path.exists():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ConfigError(f"run_dir is {self.folder}: holds other things than a run; choose another folder")
+            return
+        try:
+            saved = json.loads(path.read_text())["constants"]
+        except (ValueError, KeyError, OSError) as error:
+            raise ConfigError(
+                f"run_dir is {self.folder}: its config.json cannot be read; choose another folder"
+            ) from error
+        wanted = _constants(self.config)
+        differences = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+        hard = [name for name in differences if name not in SAMPLING_CONSTANTS]
+        if hard:
+            shown = "; ".join(f"{name} was {saved.get(name)}, is {wanted.get(name)}" for name in hard)
+            raise ConfigError(f"run_dir is {self.folder}: holds a run with other constants ({shown}); choose another")
+        self.sampling_differs = bool(differences)
+
+    def is_complete(self) -> bool:
+        """Whether every file is there, made with these constants."""
+        wanted = ["config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "samples"]
+        wanted += [f"images/{name}" for name in PICTURES]
+        return not self.sampling_differs and all((self.folder / name).exists() for name in wanted)
+
+    def start(self) -> None:
+        """Make the folder and write config.json; drop samples that were drawn with other constants."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir is {self.folder}: cannot be made ({error.strerror}); choose another") from error
+        if self.sampling_differs:
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
+            for name in ("samples.png", "samples_by_position.png"):
+                (self.folder / "images" / name).unlink(missing_ok=True)
+        packages = ("tensorflow", "keras", "tensorflow-probability", "numpy", "scikit-image", "matplotlib")
+        versions = {"project": PROJECT_VERSION, "python": platform.python_version(), "backend": keras.backend.backend()}
+        versions |= {name: version(name) for name in packages}
+        text = json.dumps({"constants": _constants(self.config), "versions": versions}, indent=2)
+        write_text(self.folder / "config.json", text + "\n")
+
+    def add_epoch(self, row: dict) -> None:
+        """Append a row to history.csv, in place of an earlier try at the same epoch and what followed it."""
+        at = [(old["stage"], old["epoch"]) for old in self.history]
+        here = (row["stage"], row["epoch"])
+        self.history = [*self.history[: at.index(here) if here in at else None], row]
+        names = list(dict.fromkeys(name for row in self.history for name in row))
+        unfinished = self.folder / "history.csv.tmp"
+        with open(unfinished, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.history)
+        unfinished.replace(self.folder / "history.csv")
+
+    def finish(self) -> dict:
+        """Print where things are and the main numbers; returns them."""
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        numbers = json.loads(self.metrics_path.read_text())
+        seconds = {
+            stage: sum(r["seconds"] for r in self.history if r["stage"] == stage) for stage in ("vqvae", "prior")
+        }
+        print(
+            f"\n{self.note or 'real slices'}; test split: {numbers['test_slices']} of {numbers['test_people']} people"
+        )
+        print(
+            f"  reconstruction  SSIM {numbers['ssim']:.3f}   brain {numbers['ssim_brain']:.3f}   PSNR {numbers['psnr_db']:.1f} dB"
+        )
+        print(
+            f"  codes           {numbers['codes_used']:.1%} used   perplexity {numbers['perplexity']:.0f} of {self.config.num_embeddings}"
+        )
+        print(
+            f"  prior           {numbers['prior_nats_per_code']:.3f} nats = {numbers['prior_bits_per_code']:.3f} bits a code, "
+            f"{numbers['prior_bits_per_image']:.0f} bits an image"
+        )
+        print(f"  training        {seconds['vqvae'] / 60:.1f} + {seconds['prior'] / 60:.1f} minutes")
+        print(f"pictures in {self.folder / 'images'}, new brains in {self.folder / 'samples'}")
+        return numbers
+
+
+def _constants(config: Config) -> dict:
+    """The constants as they stand in config.json; run_dir is where the file lies and not part of it."""
+    constants = dataclasses.asdict(config)
+    del constants["run_dir"]
+    constants["data_dir"] = str(config.data_dir.resolve()) if config.data_dir else None
+    constants["sample_positions"] = list(config.sample_positions)
+    return constants
+
+
+def _read_history(path: Path) -> list[dict]:
+    """Rows of history.csv: numbers as numbers, columns of the other stage left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    return [{n: v if n == "stage" else int(v) if n == "epoch" else float(v) for n, v in row.items()} for row in rows]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+class History(keras.callbacks.Callback):
+    """A row of history.csv for each epoch: stage, epoch, seconds, losses and metrics, the parts in order."""
+
+    FIRST = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
+
+    def __init__(self, run: Run, stage: str):
+        super().__init__()
+        self.run, self.stage = run, stage
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.began = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        names = [name for name in self.FIRST if name in logs]
+        row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(time.monotonic() - self.began, 2)}
+        row |= {name: logs[name] for name in names} | {f"val_{name}": logs[f"val_{name}"] for name in names}
+        row["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        self.run.add_epoch(row)
+
+
+class SeedEpoch(keras.callbacks.Callback):
+    """Makes dropout and restarts a function of (seed, epoch), not of what ran before."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        states = [v for v in self.model.non_trainable_variables if v.path.endswith("seed_generator_state")]
+        for i, state in enumerate(states):
+            state.assign(np.random.SeedSequence([self.seed, epoch, i]).generate_state(2))
+
+
+def command_line() -> int:
+    """Parse the constants and run; the exit status is 0, 2 for bad input, 130 after Ctrl-C."""
+    config = tyro.cli(Config, description=__doc__)
+    try:
+        main(config)
+    except (ConfigError, dataset.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on after the last finished step in {config.run_dir}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,686 @@
+"""The two networks: a VQ-VAE that turns slices into code indices and back, and a PixelCNN prior over the codes.
+
+    van den Oord et al. 2017, "Neural Discrete Representation Learning"              (VQ-VAE)
+    Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2"      (moving-average codebook)
+    van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders"  (gated PixelCNN)
+
+Both are ordinary Keras models written in `keras.ops`: they train on any backend with the stock `fit`, and
+`import model; keras.saving.load_model("vqvae.keras")` is all that loading takes.
+"""
+
+import math
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+PACKAGE = "oasis_vqvae"  # the name under which the classes stand in saved models
+
+
+# ------------------------------------------------------------------------------------------------- SSIM
+
+
+def gaussian_matrix(size: int, sigma: float = 1.5, radius: int = 5) -> np.ndarray:
+    """The (size, size) float32 matrix that filters a vector with a gaussian window, edges mirrored.
+
+    `matrix @ image @ matrix.T` is then the separable filter of a square image: two matrix products, which
+    every backend does faster than a convolution with one channel.
+    """
+    offsets = np.arange(-radius, radius + 1)
+    window = np.exp(-0.5 * (offsets / sigma) ** 2)
+    window /= window.sum()
+    source = np.arange(size)[:, None] + offsets  # (size, window)
+    while (outside := (source < 0) | (source >= size)).any():
+        source = np.where(source < 0, -1 - source, source)
+        source = np.where(source >= size, 2 * size - 1 - source, source)
+        del outside
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size)[:, None], source), window)
+    return matrix.astype(np.float32)
+
+
+def ssim_map(x, y):
+    """Structural similarity of two batches of images at each pixel (Wang et al. 2004, equation 13).
+
+    Gaussian window with sigma 1.5, 11 pixels wide, data range 1, population covariance: the numbers of
+    scikit-image's `structural_similarity(…, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    data_range=1.0, full=True)`.
+
+    Args:
+        x, y: (B, H, W, 1) float32 in [0, 1].
+
+    Returns:
+        (B, H, W) float32, at most 1.
+    """
+    c1, c2 = 0.01**2, 0.03**2
+    x, y = x[..., 0], y[..., 0]
+    rows, columns = (ops.convert_to_tensor(gaussian_matrix(size)) for size in x.shape[1:3])
+    moments = ops.stack([x, y, x * x, y * y, x * y])  # (5, B, H, W)
+    mean_x, mean_y, xx, yy, xy = ops.unstack(rows @ moments @ ops.transpose(columns), num=5)
+    mean_xy, mean_xx, mean_yy = mean_x * mean_y, mean_x * mean_x, mean_y * mean_y
+    luminance = (2 * mean_xy + c1) / (mean_xx + mean_yy + c1)
+    structure = (2 * (xy - mean_xy) + c2) / (xx - mean_xx + yy - mean_yy + c2)
+    return luminance * structure
+
+
+def ssim(x, y):
+    """Mean structural similarity of each image, (B,): `ssim_map` without the 5 pixels at the edges.
+
+    This is scikit-image's number, which leaves out the pixels whose window reaches over the edge.
+    """
+    return ops.mean(ssim_map(x, y)[:, 5:-5, 5:-5], axis=(1, 2))
+
+
+# --------------------------------------------------------------------------------------------- codebook
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class CodeUsage(keras.metrics.Metric):
+    """Counts codes over an epoch: the share of them used, and their perplexity exp(−Σ p log p)."""
+
+    def __init__(self, num_embeddings: int, name: str = "code_usage", **kwargs):
+        super().__init__(name=name, dtype="float32", **kwargs)
+        self.num_embeddings = num_embeddings
+        self.counts = self.add_variable((num_embeddings,), initializer="zeros", name="counts")
+
+    def update_state(self, counts, sample_weight=None):
+        """Add counts (K,), the number of times each code was used in a batch."""
+        self.counts.assign_add(counts)
+
+    def result(self):
+        share = self.counts / ops.maximum(ops.sum(self.counts), 1)
+        entropy = -ops.sum(share * ops.log(ops.maximum(share, 1e-20)))
+        return {"codes_used": ops.mean(ops.cast(self.counts > 0, "float32")), "perplexity": ops.exp(entropy)}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class VectorQuantizer(layers.Layer):
+    """Replaces each vector by the nearest of K codebook vectors (van den Oord et al. 2017, section 3).
+
+    The forward pass is z_q = e_k, k = argmin_j ‖z − e_j‖² (equations 1 and 2); gradients pass straight
+    through from z_q to z. Two of the terms of equation 3 are the layer's own, as means over all elements:
+
+        codebook    ‖sg[z] − e‖²       moves the codes to the encoder; a loss where codebook="gradient"
+        commitment  β ‖z − sg[e]‖²     keeps the encoder near its codes
+
+    With codebook="ema" the codes follow by exponential moving averages instead (appendix A.1): with n_k the
+    number and Σz the sum of the vectors that chose code k in a batch,
+
+        N_k ← γ N_k + (1 − γ) n_k,    m_k ← γ m_k + (1 − γ) Σz,    e_k = m_k / N_k.
+
+    A code whose count N_k falls below `restart_below` times the mean count is dead: it restarts at a random
+    vector of the batch, with its count and sum to match. The counts begin at zero, so the first batch in
+    training sets the whole codebook. Codes change in training only.
+
+    Everything runs in float32, whatever the dtype policy.
+
+    Args:
+        num_embeddings: number of codes, K.
+        embedding_dim: length of a code, D.
+        commitment_weight: β.
+        codebook: "ema" or "gradient".
+        decay: γ of the moving averages.
+        restart_below: share of the mean count below which a code is dead; 0 never restarts.
+        seed: of the random choice of vectors for restarts.
+
+    Example: for features (8, 12, 12, 32) and K = 512 the layer returns quantized features (8, 12, 12, 32)
+    and code indices (8, 12, 12) int32 in 0 … 511.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        commitment_weight: float = 0.25,
+        codebook: str = "ema",
+        decay: float = 0.99,
+        restart_below: float = 0.1,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        if codebook not in ("ema", "gradient"):
+            raise ValueError(f'codebook is {codebook!r}: choose "ema" or "gradient"')
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.commitment_weight = commitment_weight
+        self.codebook = codebook
+        self.decay = decay
+        self.restart_below = restart_below
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.codebook_loss = keras.metrics.Mean(name="codebook")
+        self.commitment_loss = keras.metrics.Mean(name="commitment")
+        self.usage = CodeUsage(num_embeddings)
+
+    def build(self, input_shape):
+        shape = (self.num_embeddings, self.embedding_dim)
+        # aggregation="mean" keeps the copies on several devices alike
+        state = {"trainable": False, "aggregation": "mean"}
+        self.embeddings = self.add_weight(
+            shape=shape,
+            initializer="random_normal",
+            name="embeddings",
+            **({} if self.codebook == "gradient" else state),
+        )
+        self.counts = self.add_weight(shape=shape[:1], initializer="zeros", name="counts", **state)
+        if self.codebook == "ema":
+            self.sums = self.add_weight(shape=shape, initializer="zeros", name="sums", **state)
+
+    def call(self, inputs, training=False):
+        """Features (B, h, w, D) to (quantized (B, h, w, D) float32, code indices (B, h, w) int32)."""
+        inputs = ops.cast(inputs, "float32")
+        indices = self.nearest(inputs)  # (B, h, w)
+        quantized = self.lookup(indices)  # (B, h, w, D)
+
+        codebook = ops.mean(ops.square(ops.stop_gradient(inputs) - quantized))
+        commitment = self.commitment_weight * ops.mean(ops.square(inputs - ops.stop_gradient(quantized)))
+        self.add_loss(commitment)
+        if self.codebook == "gradient":
+            self.add_loss(codebook)
+        batch_size = ops.shape(inputs)[0]
+        self.codebook_loss.update_state(codebook, sample_weight=batch_size)
+        self.commitment_loss.update_state(commitment, sample_weight=batch_size)
+
+        one_hot = ops.one_hot(ops.reshape(indices, (-1,)), self.num_embeddings, dtype="float32")  # (B·h·w, K)
+        self.usage.update_state(ops.sum(one_hot, axis=0))
+        if training:
+            self._update_codebook(ops.reshape(ops.stop_gradient(inputs), (-1, self.embedding_dim)), one_hot)
+        return inputs + ops.stop_gradient(quantized - inputs), indices
+
+    def nearest(self, inputs):
+        """Index of the code nearest to each vector: (…, D) to (…) int32."""
+        # ‖z‖² is the same for every code and left out
+        products = ops.matmul(ops.cast(inputs, "float32"), ops.transpose(self.embeddings))  # (…, K)
+        return ops.cast(ops.argmin(ops.sum(ops.square(self.embeddings), axis=1) - 2 * products, axis=-1), "int32")
+
+    def lookup(self, indices):
+        """Codebook vectors of code indices: (B, h, w) to (B, h, w, D) float32."""
+        return ops.take(self.embeddings, indices, axis=0)
+
+    def _update_codebook(self, vectors, one_hot):
+        """Moving averages (appendix A.1) and restarts of dead codes."""
+        num_vectors = ops.shape(vectors)[0]
+        counts = self.decay * self.counts + (1 - self.decay) * ops.sum(one_hot, axis=0)
+        floor = self.restart_below * ops.cast(num_vectors, "float32") / self.num_embeddings
+        dead = counts < floor
+        chosen = keras.random.randint((self.num_embeddings,), 0, num_vectors, seed=self.seed_generator)
+        fresh = ops.take(vectors, chosen, axis=0)  # (K, D)
+
+        self.counts.assign(ops.where(dead, floor, counts))
+        if self.codebook == "gradient":
+            self.embeddings.assign(ops.where(dead[:, None], fresh, self.embeddings))
+            return
+        sums = self.decay * self.sums + (1 - self.decay) * ops.matmul(ops.transpose(one_hot), vectors)
+        self.sums.assign(ops.where(dead[:, None], floor * fresh, sums))
+        # where restarts are off, a code that was never used keeps its place
+        used = self.counts[:, None] > 1e-8
+        self.embeddings.assign(ops.where(used, self.sums / ops.maximum(self.counts[:, None], 1e-8), self.embeddings))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "commitment_weight": self.commitment_weight,
+            "codebook": self.codebook,
+            "decay": self.decay,
+            "restart_below": self.restart_below,
+            "seed": self.seed,
+        }
+
+
+# --------------------------------------------------------------------------------------------- VQ-VAE
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class ResidualBlock(layers.Layer):
+    """x + conv(relu(conv(relu(x)))), 3 × 3, the second convolution starting at zero.
+
+    Starting as the identity keeps activations in range without a norm (Zhang et al. 2019, "Fixup"); a norm
+    would cost as much as half the convolutions on a CPU and let every code see the whole slice.
+    """
+
+    def __init__(self, filters: int, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.inner = layers.Conv2D(filters, 3, padding="same", kernel_initializer="he_normal")
+        self.outer = layers.Conv2D(filters, 3, padding="same", kernel_initializer="zeros")
+
+    def build(self, input_shape):
+        self.inner.build(input_shape)
+        self.outer.build((*input_shape[:-1], self.filters))
+
+    def call(self, inputs):
+        return inputs + self.outer(ops.relu(self.inner(ops.relu(inputs))))
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class VQVAE(keras.Model):
+    """Vector-quantized autoencoder of images (van den Oord et al. 2017).
+
+    The encoder halves the image `log2(downsampling)` times by 4 × 4 convolutions of stride 2, doubling the
+    channels each time; residual blocks follow at the two coarsest resolutions. The decoder mirrors it with
+    transposed convolutions. The loss is equation 3 with, as its reconstruction term,
+
+        w_mse · MSE / var(data) + w_l1 · L1 + w_ssim · (1 − SSIM).
+
+    Args:
+        image_size: height and width in pixels, a multiple of `downsampling`.
+        downsampling: image pixels a code's side stands for, a power of two; the grid is h = w = image_size / it.
+        channels: of the first convolution; each coarser resolution has twice as many.
+        residual_blocks: number at each of the two coarsest resolutions of encoder and decoder.
+        num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, restart_below, seed: see
+            `VectorQuantizer`.
+        mse_weight, l1_weight, ssim_weight: w of the reconstruction loss.
+        data_variance: variance of all pixels of the training data, [0, 1] scale.
+
+    Example: 96 × 96 images and downsampling 8 give 12 × 12 codes:
+
+        model(images)              (B, 96, 96, 1) -> reconstructions (B, 96, 96, 1), float32 [0, 1] but for training
+        model.encode(images)       (B, 96, 96, 1) -> code indices (B, 12, 12) int32
+        model.decode_code(codes)   (B, 12, 12) int32 -> images (B, 96, 96, 1)
+    """
+
+    def __init__(
+        self,
+        image_size: int = 96,
+        downsampling: int = 8,
+        channels: int = 64,
+        residual_blocks: int = 2,
+        num_embeddings: int = 512,
+        embedding_dim: int = 32,
+        commitment_weight: float = 0.25,
+        codebook: str = "ema",
+        ema_decay: float = 0.99,
+        restart_below: float = 0.1,
+        mse_weight: float = 1.0,
+        l1_weight: float = 1.0,
+        ssim_weight: float = 1.0,
+        data_variance: float = 1.0,
+        seed: int = 0,
+        name: str = "vqvae",
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        self.settings = {
+            "image_size": image_size,
+            "downsampling": downsampling,
+            "channels": channels,
+            "residual_blocks": residual_blocks,
+            "num_embeddings": num_embeddings,
+            "embedding_dim": embedding_dim,
+            "commitment_weight": commitment_weight,
+            "codebook": codebook,
+            "ema_decay": ema_decay,
+            "restart_below": restart_below,
+            "mse_weight": mse_weight,
+            "l1_weight": l1_weight,
+            "ssim_weight": ssim_weight,
+            "data_variance": data_variance,
+            "seed": seed,
+        }
+        halvings = int(math.log2(downsampling))
+        if 2**halvings != downsampling or image_size % downsampling:
+            raise ValueError(f"downsampling is {downsampling}: needs a power of two that divides {image_size}")
+        self.image_size = image_size
+        self.grid_size = image_size // downsampling
+        self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
+        self.data_variance = data_variance
+
+        widths = [channels * 2**i for i in range(halvings)]
+        blocks = [residual_blocks if i >= halvings - 2 else 0 for i in range(halvings)]
+        self.encoder = _encoder(widths, blocks, embedding_dim)
+        self.quantizer = VectorQuantizer(
+            num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, restart_below, seed, name="quantizer"
+        )
+        self.decoder = _decoder(widths, blocks)
+        self.reconstruction_loss = keras.metrics.Mean(name="reconstruction")
+        self.ssim_metric = keras.metrics.Mean(name="ssim")
+        self(keras.Input((image_size, image_size, 1)))  # creates the weights
+
+    def call(self, images, training=False):
+        """Reconstructions (B, H, W, 1) of images (B, H, W, 1); clipped to [0, 1] but for training."""
+        quantized, _ = self.quantizer(self.encoder(images), training=training)
+        reconstructions = ops.cast(self.decoder(quantized), "float32")
+        return reconstructions if training else ops.clip(reconstructions, 0, 1)
+
+    def encode(self, images):
+        """Images (B, H, W, 1) in [0, 1] to code indices (B, h, w) int32."""
+        return self.quantizer.nearest(self.encoder(images))
+
+    def decode(self, quantized):
+        """Quantized features (B, h, w, D) to images (B, H, W, 1) float32 in [0, 1]."""
+        return ops.clip(ops.cast(self.decoder(quantized), "float32"), 0, 1)
+
+    def decode_code(self, indices):
+        """Code indices (B, h, w) int32 to images (B, H, W, 1) float32 in [0, 1]."""
+        return self.decode(self.quantizer.lookup(indices))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Equation 3; `y` (the slice position, in the pipelines here) is not used."""
+        error = y_pred - x
+        reconstruction = (
+            self.mse_weight / self.data_variance * ops.mean(ops.square(error))
+            + self.l1_weight * ops.mean(ops.abs(error))
+            + self.ssim_weight * (1 - ops.mean(ssim_map(x, y_pred)))
+        )
+        self.reconstruction_loss.update_state(reconstruction, sample_weight=ops.shape(x)[0])
+        self.ssim_metric.update_state(ssim(x, ops.clip(y_pred, 0, 1)))
+        return reconstruction + sum(self.losses)
+
+    def get_config(self):
+        return {**self.settings, "name": self.name}
+
+
+def _encoder(widths: list[int], blocks: list[int], embedding_dim: int) -> keras.Sequential:
+    """Images to features (B, h, w, embedding_dim)."""
+    stack = []
+    for width, num_blocks in zip(widths, blocks, strict=True):
+        stack.append(layers.Conv2D(width, 4, strides=2, padding="same", kernel_initializer="he_normal"))
+        stack += [ResidualBlock(width) for _ in range(num_blocks)]
+        stack.append(layers.ReLU())
+    stack.append(layers.Conv2D(embedding_dim, 1))
+    return keras.Sequential(stack, name="encoder")
+
+
+def _decoder(widths: list[int], blocks: list[int]) -> keras.Sequential:
+    """Features (B, h, w, D) to images (B, H, W, 1), not clipped."""
+    stack = [layers.Conv2D(widths[-1], 3, padding="same", kernel_initializer="he_normal")]
+    outputs = [1, *widths[:-1]]
+    for width, num_blocks, output in zip(widths[::-1], blocks[::-1], outputs[::-1], strict=True):
+        stack += [ResidualBlock(width) for _ in range(num_blocks)]
+        stack.append(layers.ReLU())
+        stack.append(layers.Conv2DTranspose(output, 4, strides=2, padding="same", kernel_initializer="he_normal"))
+    return keras.Sequential(stack, name="decoder")
+
+
+# ---------------------------------------------------------------------------------------------- prior
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class MaskedConv2D(layers.Layer):
+    """A convolution that sees only positions that come earlier in raster order.
+
+    `mask` says which taps of the k × k kernel remain (van den Oord et al. 2016, section 2.2 and figure 1):
+
+        "A", "B"                          all rows above, and the row itself to the left; B with the centre
+        "vertical A", "vertical B"        all rows above; B with the row itself, whole
+        "horizontal A", "horizontal B"    the row itself to the left; B with the centre
+
+    Only the rows and columns of the kernel that hold a tap are made. The mask is multiplied with the kernel in
+    `call`, where taps within them must be zero.
+
+    Args:
+        filters: channels of the output.
+        kernel_size: k, odd: an even kernel has no centre to mask.
+        mask: as above.
+        dilation: distance between taps.
+
+    Raises:
+        ValueError: `kernel_size` is even, or `mask` is none of the above.
+    """
+
+    def __init__(self, filters: int, kernel_size: int, mask: str, dilation: int = 1, **kwargs):
+        super().__init__(**kwargs)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}: must be odd, an even kernel has no centre to mask")
+        self.filters, self.kernel_size, self.mask, self.dilation = filters, kernel_size, mask, dilation
+        taps = self._taps()
+        rows, columns = (np.flatnonzero(taps.any(axis)) for axis in (1, 0))
+        self.taps = taps[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        # Zeros before and after each axis that keep tap (centre) over its own position; where the last tap lies
+        # before the centre, the input loses that many positions at its end instead.
+        centre = kernel_size // 2
+        self.margins = [((centre - t[0]) * dilation, (t[-1] - centre) * dilation) for t in (rows, columns)]
+
+    def _taps(self) -> np.ndarray:
+        """(k, k) of 0 and 1."""
+        size, centre = self.kernel_size, self.kernel_size // 2
+        row, column = np.indices((size, size)) - centre
+        taps = {
+            "A": (row < 0) | (row == 0) & (column < 0),
+            "B": (row < 0) | (row == 0) & (column <= 0),
+            "vertical A": row < 0,
+            "vertical B": row <= 0,
+            "horizontal A": (row == 0) & (column < 0),
+            "horizontal B": (row == 0) & (column <= 0),
+        }
+        if self.mask not in taps:
+            raise ValueError(f"mask is {self.mask!r}: choose one of {', '.join(taps)}")
+        return taps[self.mask].astype(np.float32)
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            shape=(*self.taps.shape, input_shape[-1], self.filters), initializer="he_normal", name="kernel"
+        )
+        self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
+
+    def call(self, inputs):
+        """(B, h, w, C) to (B, h, w, filters)."""
+        (top, bottom), (left, right) = self.margins
+        height, width = inputs.shape[1:3]
+        inputs = inputs[:, : height + min(bottom, 0), : width + min(right, 0)]
+        inputs = ops.pad(inputs, ((0, 0), (top, max(bottom, 0)), (left, max(right, 0)), (0, 0)))
+        kernel = self.kernel
+        if not self.taps.all():
+            kernel = kernel * ops.cast(self.taps[:, :, None, None], kernel.dtype)
+        return ops.conv(inputs, kernel, padding="valid", dilation_rate=self.dilation) + self.bias
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "mask": self.mask,
+            "dilation": self.dilation,
+        }
+
+
+def _gate(features):
+    """tanh(a) · σ(b) of features split in two along the channels (van den Oord et al. 2016, equation 2)."""
+    a, b = ops.split(features, 2, axis=-1)
+    return ops.tanh(a) * ops.sigmoid(b)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GatedBlock(layers.Layer):
+    """One layer of the gated PixelCNN (van den Oord et al. 2016, figure 2), residual in both stacks.
+
+    The vertical stack at (r, c) holds what is known of the rows above r, the horizontal stack adds the row's
+    own positions left of c; only the first passes on to the second, so nothing later is ever seen.
+    """
+
+    def __init__(
+        self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, last: bool = False, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.filters, self.kernel_size, self.dilation, self.dropout_rate = filters, kernel_size, dilation, dropout
+        self.last = last  # nothing reads the vertical stack after the last block
+        self.vertical = MaskedConv2D(2 * filters, kernel_size, "vertical B", dilation)
+        self.horizontal = MaskedConv2D(2 * filters, kernel_size, "horizontal B", dilation)
+        self.across = layers.Dense(2 * filters, use_bias=False)
+        self.condition = layers.Dense(2 * filters, use_bias=False)
+        self.vertical_out = None if last else layers.Dense(filters)
+        self.horizontal_out = layers.Dense(filters)
+        self.dropout = layers.Dropout(dropout)
+
+    def call(self, vertical, horizontal, condition, training=False):
+        """Stacks (B, h, w, filters) and condition (B, filters) to the two new stacks."""
+        condition = self.condition(condition)[:, None, None, :]
+        above = self.vertical(vertical)
+        left = self.horizontal(horizontal) + self.across(above)
+        if not self.last:
+            vertical = vertical + self.vertical_out(_gate(above + condition))
+        horizontal = horizontal + self.horizontal_out(self.dropout(_gate(left + condition), training=training))
+        return vertical, horizontal
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "dilation": self.dilation,
+            "dropout": self.dropout_rate,
+            "last": self.last,
+        }
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class PlainBlock(layers.Layer):
+    """Residual block of the plain PixelCNN: 1 × 1, masked 3 × 3 of type B, 1 × 1, each after a ReLU
+    (van den Oord et al. 2016, "Pixel Recurrent Neural Networks", figure 5)."""
+
+    def __init__(self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.filters, self.kernel_size, self.dilation, self.dropout_rate = filters, kernel_size, dilation, dropout
+        self.reduce = layers.Dense(filters // 2)
+        self.masked = MaskedConv2D(filters // 2, kernel_size, "B", dilation)
+        self.expand = layers.Dense(filters)
+        self.condition = layers.Dense(filters // 2, use_bias=False)
+        self.dropout = layers.Dropout(dropout)
+
+    def call(self, features, condition, training=False):
+        """Features (B, h, w, filters) and condition (B, filters) to new features."""
+        inner = self.masked(ops.relu(self.reduce(ops.relu(features))))
+        inner = ops.relu(inner + self.condition(condition)[:, None, None, :])
+        return features + self.expand(self.dropout(inner, training=training))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "dilation": self.dilation,
+            "dropout": self.dropout_rate,
+        }
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class PixelCNN(keras.Model):
+    """Autoregressive prior over code indices: log p(codes) = Σ_i log p(code_i | earlier codes, slice position).
+
+    `gated=True` is the gated PixelCNN with a vertical and a horizontal stack and no blind spot; `gated=False`
+    the plain one with masked convolutions. Both begin with a 7 × 7 mask A and go on in residual blocks of mask B.
+    Dilations are chosen so that the receptive field reaches over the whole grid: each block doubles the one
+    before, starting over at 1 as early as the grid allows.
+
+    Trained by cross-entropy: `loss` in nats a code, `bits_per_code` the same in bits.
+
+    Args:
+        num_embeddings: K, number of codes.
+        grid_size: (h, w) of the code grid.
+        filters: channels.
+        num_blocks: residual blocks.
+        kernel_size: of the blocks' masked convolutions, odd.
+        dropout: share of a block's activations dropped in training.
+        gated: gated or plain.
+        use_position: whether the prior is told the slice position; otherwise it ignores it.
+
+    Raises:
+        ValueError: `num_blocks` are too few for the receptive field to reach over the grid at any dilation.
+
+    Example: codes (B, 12, 12) int32 and slice positions (B,) int32, K = 512:
+
+        model((codes, positions))   -> logits (B, 12, 12, 512) float32
+    """
+
+    FIRST_KERNEL = 7
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        grid_size: tuple[int, int],
+        filters: int = 128,
+        num_blocks: int = 6,
+        kernel_size: int = 3,
+        dropout: float = 0.2,
+        gated: bool = True,
+        use_position: bool = True,
+        name: str = "prior",
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        self.settings = {
+            "num_embeddings": num_embeddings,
+            "grid_size": list(grid_size),
+            "filters": filters,
+            "num_blocks": num_blocks,
+            "kernel_size": kernel_size,
+            "dropout": dropout,
+            "gated": gated,
+            "use_position": use_position,
+        }
+        self.num_embeddings, self.grid_size = num_embeddings, tuple(grid_size)
+        self.gated, self.use_position = gated, use_position
+
+        dilations = block_dilations(max(grid_size), self.FIRST_KERNEL, kernel_size, num_blocks)
+        self.embedding = layers.Embedding(num_embeddings, filters)
+        self.place = self.add_weight(shape=(*grid_size, filters), initializer="zeros", name="place")
+        self.position = layers.Dense(filters, activation="relu")
+        if gated:
+            self.first_vertical = MaskedConv2D(filters, self.FIRST_KERNEL, "vertical A")
+            self.first_horizontal = MaskedConv2D(filters, self.FIRST_KERNEL, "horizontal A")
+            last = [False] * (num_blocks - 1) + [True]
+            self.blocks = [
+                GatedBlock(filters, kernel_size, d, dropout, e) for d, e in zip(dilations, last, strict=True)
+            ]
+        else:
+            self.first = MaskedConv2D(filters, self.FIRST_KERNEL, "A")
+            self.blocks = [PlainBlock(filters, kernel_size, d, dropout) for d in dilations]
+        self.hidden = layers.Dense(filters, activation="relu")
+        self.logits = layers.Dense(num_embeddings, dtype="float32")
+        self.bits = keras.metrics.Mean(name="bits_per_code")
+        self((keras.Input(grid_size, dtype="int32"), keras.Input((), dtype="int32")))  # creates the weights
+
+    def call(self, inputs, training=False):
+        """(codes (B, h, w) int32, positions (B,) int32) to logits (B, h, w, K) float32."""
+        codes, positions = inputs
+        condition = self.condition(positions)
+        embedded = self.embedding(codes)  # (B, h, w, filters)
+        if self.gated:
+            vertical = self.first_vertical(embedded) + self.place
+            features = self.first_horizontal(embedded) + vertical
+            for block in self.blocks:
+                vertical, features = block(vertical, features, condition, training=training)
+        else:
+            features = self.first(embedded) + self.place
+            for block in self.blocks:
+                features = block(features, condition, training=training)
+        return self.logits(self.hidden(ops.relu(features)))
+
+    def condition(self, positions):
+        """Slice positions (B,) to condition vectors (B, filters); all alike if `use_position` is off.
+
+        Positions enter as sines and cosines (Vaswani et al. 2017, section 3.5), so that neighbouring slices
+        share what is learned and positions that were rare in training need no entry of their own.
+        """
+        wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 … 402 slices
+        angles = ops.cast(positions, "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
+        waves = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)  # (B, 12)
+        return self.position(waves if self.use_position else ops.zeros_like(waves))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean cross-entropy in nats a code of `y` (B, h, w) under the logits `y_pred`."""
+        nats = ops.mean(keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True))
+        self.bits.update_state(nats / math.log(2), sample_weight=ops.shape(y)[0])
+        return nats
+
+    def get_config(self):
+        return {**self.settings, "name": self.name}
+
+
+def block_dilations(grid_size: int, first_kernel: int, kernel_size: int, num_blocks: int) -> list[int]:
+    """Dilations 1, 2, 4, … of the blocks, in the shortest cycle whose receptive field spans the grid.
+
+    Raises:
+        ValueError: no cycle does; the message says what to raise.
+    """
+    for cycle in range(1, num_blocks + 1):
+        dilations = [2 ** (i % cycle) for i in range(num_blocks)]
+        if first_kernel // 2 + kernel_size // 2 * sum(dilations) >= grid_size - 1:
+            return dilations
+    raise ValueError(f"{num_blocks} blocks are too few to see over a grid of {grid_size}: use more")
