@@ -110,12 +110,12 @@ def find(data_dir: Path, seed: int = 0) -> dict[str, list[SliceFile]]:
                 raise DataError(f"{folders[split]}: no PNG slices in it; put the {split} slices there")
         _refuse_shared_cases(splits)
     else:
-        splits = split_by_case(_slices_below(data_dir, data_dir), seed)
-        if not splits["train"]:
+        files = _slices_below(data_dir, data_dir)
+        if not files:
             raise DataError(f"{data_dir}: {_what_is_there(data_dir)}; set data_dir to the folder with the PNG slices")
-        empty = [split for split in SPLITS if not splits[split]]
-        if empty:
-            raise DataError(f"{data_dir}: too few people for three splits; at least 3 cases are needed")
+        if len({file.case for file in files}) < len(SPLITS):
+            raise DataError(f"{data_dir}: too few people for three splits; add slices of at least 3 cases")
+        splits = split_by_case(files, seed)
     _warn_of_unnamed_cases(splits)
     return splits
 

@@ -82,6 +82,7 @@ class Config:
     top_p: float = 1.0  # draw among the likeliest codes that hold this share of the probability
 
 
+STAGES = ("vqvae", "prior")
 SAMPLING_CONSTANTS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")
 
 
@@ -241,7 +242,7 @@ def fit(network, run, training, validation, steps, epochs, learning_rate, patien
     print(
         f"\ntraining {path.stem}: {network.count_params():,} weights, {steps} steps an epoch, {epochs} epochs at most"
     )
-    warm_up = min(2 * steps, 100)
+    warm_up = min(steps, 20)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(epochs * steps - warm_up, 1), warmup_target=learning_rate, warmup_steps=warm_up
     )
@@ -338,7 +339,7 @@ def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, s
     """images/: all pictures that are missing."""
     print("drawing pictures")
     folder, note, test = run.folder / "images", run.note, slices["test"]
-    history = {stage: [row for row in run.history if row["stage"] == stage] for stage in ("vqvae", "prior")}
+    history = {stage: [row for row in run.history if row["stage"] == stage] for stage in STAGES}
     shown = np.unique(np.linspace(0, len(test) - 1, min(8, len(test))).astype(int))
     shown = np.argsort(test.positions, kind="stable")[shown]  # spread over the positions
     originals, positions = dataset.to_float(test.images[shown]), test.positions[shown]
@@ -406,9 +407,7 @@ class Run:
         try:
             saved = json.loads(path.read_text())["constants"]
         except (ValueError, KeyError, OSError) as error:
-            raise ConfigError(
-                f"run_dir is {self.folder}: its config.json cannot be read; choose another folder"
-            ) from error
+            raise ConfigError(f"run_dir is {self.folder}: cannot read its config.json; choose another") from error
         wanted = _constants(self.config)
         differences = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
         hard = [name for name in differences if name not in SAMPLING_CONSTANTS]
@@ -456,23 +455,17 @@ class Run:
         """Print where things are and the main numbers; returns them."""
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         numbers = json.loads(self.metrics_path.read_text())
-        seconds = {
-            stage: sum(r["seconds"] for r in self.history if r["stage"] == stage) for stage in ("vqvae", "prior")
-        }
+        n = numbers
+        minutes = {stage: sum(row["seconds"] for row in self.history if row["stage"] == stage) / 60 for stage in STAGES}
         print(
-            f"\n{self.note or 'real slices'}; test split: {numbers['test_slices']} of {numbers['test_people']} people"
+            f"\n{self.note or 'real slices'}; test split: {n['test_slices']} slices of {n['test_people']} people\n"
+            f"  reconstruction  SSIM {n['ssim']:.3f}   brain {n['ssim_brain']:.3f}   PSNR {n['psnr_db']:.1f} dB\n"
+            f"  codes           {n['codes_used']:.1%} used   perplexity {n['perplexity']:.0f}"
+            f" of {self.config.num_embeddings}\n"
+            f"  prior           {n['prior_nats_per_code']:.3f} nats = {n['prior_bits_per_code']:.3f} bits a code,"
+            f" {n['prior_bits_per_image']:.0f} bits an image\n"
+            f"  training        {minutes['vqvae']:.1f} + {minutes['prior']:.1f} minutes"
         )
-        print(
-            f"  reconstruction  SSIM {numbers['ssim']:.3f}   brain {numbers['ssim_brain']:.3f}   PSNR {numbers['psnr_db']:.1f} dB"
-        )
-        print(
-            f"  codes           {numbers['codes_used']:.1%} used   perplexity {numbers['perplexity']:.0f} of {self.config.num_embeddings}"
-        )
-        print(
-            f"  prior           {numbers['prior_nats_per_code']:.3f} nats = {numbers['prior_bits_per_code']:.3f} bits a code, "
-            f"{numbers['prior_bits_per_image']:.0f} bits an image"
-        )
-        print(f"  training        {seconds['vqvae'] / 60:.1f} + {seconds['prior'] / 60:.1f} minutes")
         print(f"pictures in {self.folder / 'images'}, new brains in {self.folder / 'samples'}")
         return numbers
 

@@ -13,16 +13,8 @@ def ssim_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
 
     Gaussian window of sigma 1.5, data range 1, population covariance, by scikit-image.
     """
-    _, similarity = structural_similarity(
-        original,
-        reconstruction,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        data_range=1.0,
-        full=True,
-    )
-    return similarity
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    return structural_similarity(original, reconstruction, full=True, **wang)[1]
 
 
 def reconstruction_metrics(originals: np.ndarray, reconstructions: np.ndarray) -> dict[str, float]:
