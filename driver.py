@@ -166,13 +166,10 @@ def main(config: Config) -> dict:
     return run.finish()
 
 
-def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -> model.VQVAE:
-    """Train the VQ-VAE, or load it if that is done."""
-    path = run.folder / "vqvae.keras"
-    if path.exists():
-        return keras.saving.load_model(path, compile=False)
+def make_vqvae(config: Config, train: dataset.Slices) -> model.VQVAE:
+    """The untrained VQ-VAE."""
     keras.utils.set_random_seed(config.seed)
-    vqvae = model.VQVAE(
+    return model.VQVAE(
         image_size=config.image_size,
         downsampling=config.downsampling,
         channels=config.channels,
@@ -186,9 +183,49 @@ def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -
         mse_weight=config.mse_weight,
         l1_weight=config.l1_weight,
         ssim_weight=config.ssim_weight,
-        data_variance=max(float(np.var(slices["train"].images, dtype=np.float64)) / 255**2, 1e-6),
+        data_variance=data_variance(train),
         seed=config.seed,
     )
+
+
+def data_variance(train: dataset.Slices) -> float:
+    """Variance of all pixels of the training slices, on the [0, 1] scale."""
+    counts = sum(np.bincount(image.ravel(), minlength=256) for image in train.images)  # no float copy of them all
+    grey = np.arange(256) / 255
+    mean = np.average(grey, weights=counts)
+    return max(float(np.average((grey - mean) ** 2, weights=counts)), 1e-6)
+
+
+def make_prior(config: Config, grid_size: tuple[int, int]) -> model.PixelCNN:
+    """The untrained prior."""
+    keras.utils.set_random_seed(config.seed)
+    return model.PixelCNN(
+        num_embeddings=config.num_embeddings,
+        grid_size=grid_size,
+        filters=config.prior_filters,
+        num_blocks=config.prior_blocks,
+        kernel_size=config.prior_kernel_size,
+        dropout=config.prior_dropout,
+        gated=config.prior == "gated",
+        use_position=config.prior_uses_position,
+    )
+
+
+def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
+    """Adam whose rate rises over the first steps and falls to 0 by a cosine until the last epoch."""
+    warm_up = min(steps, 20)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, max(epochs * steps - warm_up, 1), warmup_target=learning_rate, warmup_steps=warm_up
+    )
+    return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
+
+
+def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -> model.VQVAE:
+    """Train the VQ-VAE, or load it if that is done."""
+    path = run.folder / "vqvae.keras"
+    if path.exists():
+        return keras.saving.load_model(path, compile=False)
+    vqvae = make_vqvae(config, slices["train"])
     train, validate = slices["train"], slices["validate"]
     fit(
         vqvae,
@@ -210,17 +247,7 @@ def train_prior(config: Config, run: "Run", codes: dict[str, np.ndarray], slices
     path = run.folder / "prior.keras"
     if path.exists():
         return keras.saving.load_model(path, compile=False)
-    keras.utils.set_random_seed(config.seed)
-    prior = model.PixelCNN(
-        num_embeddings=config.num_embeddings,
-        grid_size=codes["train"].shape[1:],
-        filters=config.prior_filters,
-        num_blocks=config.prior_blocks,
-        kernel_size=config.prior_kernel_size,
-        dropout=config.prior_dropout,
-        gated=config.prior == "gated",
-        use_position=config.prior_uses_position,
-    )
+    prior = make_prior(config, codes["train"].shape[1:])
     positions = {split: held.positions for split, held in slices.items()}
     fit(
         prior,
@@ -240,13 +267,9 @@ def train_prior(config: Config, run: "Run", codes: dict[str, np.ndarray], slices
 def fit(network, run, training, validation, steps, epochs, learning_rate, patience, monitor, path) -> None:
     """Train either network and save the best one on validation to `path`, whole or not at all."""
     print(
-        f"\ntraining {path.stem}: {network.count_params():,} weights, {steps} steps an epoch, {epochs} epochs at most"
+        f"\ntraining {path.stem}: {network.count_params():,} weights, {steps} steps an epoch, at most {epochs} epochs"
     )
-    warm_up = min(steps, 20)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(epochs * steps - warm_up, 1), warmup_target=learning_rate, warmup_steps=warm_up
-    )
-    network.compile(keras.optimizers.Adam(schedule, global_clipnorm=1.0))
+    network.compile(make_optimizer(learning_rate, epochs, steps))
     unfinished = run.folder / "checkpoint" / path.name
     unfinished.parent.mkdir(exist_ok=True)
     network.fit(
@@ -265,6 +288,11 @@ def fit(network, run, training, validation, steps, epochs, learning_rate, patien
             keras.callbacks.TerminateOnNaN(),
         ],
     )
+    if not np.isfinite(run.history[-1]["loss"]):
+        raise ConfigError(
+            f"{path.stem}_learning_rate is {learning_rate}: the loss is no longer a number in epoch "
+            f"{run.history[-1]['epoch']}; choose a lower rate"
+        )
     best = keras.saving.load_model(unfinished, compile=False)
     best.save(unfinished)  # once more, without the optimiser's state
     unfinished.replace(path)

@@ -7,14 +7,11 @@ import plots
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 16, 16, 1))
 POSITIONS = np.arange(6)
+CURVES = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity")
 HISTORY = [
-    {"epoch": epoch, **{name: 1 / epoch, f"val_{name}": 1.1 / epoch}}
+    {"epoch": epoch, **{name: 1 / epoch for name in CURVES}, **{f"val_{name}": 1.1 / epoch for name in CURVES}}
     for epoch in (1, 2, 3)
-    for name in ("loss",)
 ]
-for row in HISTORY:
-    for name in ("reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity"):
-        row |= {name: row["loss"], f"val_{name}": row["val_loss"]}
 
 PICTURES = {
     "vqvae_loss": lambda path: plots.vqvae_loss(path, HISTORY, "note"),

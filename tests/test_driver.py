@@ -1,0 +1,260 @@
+"""One small run from end to end, what the run folder promises, and what bad input prints."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import driver
+import phantom
+
+ROOT = Path(driver.__file__).parent
+
+
+def tiny(root: Path, **constants) -> driver.Config:
+    settings = {
+        "data_dir": root / "slices",
+        "run_dir": root / "run",
+        "image_size": 32,
+        "channels": 8,
+        "num_embeddings": 16,
+        "embedding_dim": 4,
+        "batch_size": 8,
+        "vqvae_epochs": 2,
+        "prior_filters": 8,
+        "prior_blocks": 2,
+        "prior_epochs": 2,
+        "num_samples": 3,
+    }
+    return driver.Config(**{**settings, **constants})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> driver.Config:
+    root = tmp_path_factory.mktemp("driver")
+    phantom.write_pngs(root / "slices", num_cases=6, num_positions=4, image_size=32)
+    config = tiny(root)
+    driver.main(config)
+    return config
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_leaves_every_file(finished):
+    folder = finished.run_dir
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "vqvae.keras",
+        "prior.keras",
+        "history.csv",
+        "metrics.json",
+        "images",
+        "samples",
+        "logs",
+    }
+    assert {path.name for path in (folder / "images").iterdir()} == set(driver.PICTURES)
+    assert len(list((folder / "samples").glob("sample_*_slice_*.png"))) == 3
+    assert np.load(folder / "samples" / "codes.npy").shape == (3, 4, 4)
+    assert list((folder / "logs").rglob("events*"))
+
+
+def test_the_configuration_is_saved_with_versions(finished):
+    saved = json.loads((finished.run_dir / "config.json").read_text())
+    assert saved["constants"]["num_embeddings"] == 16
+    assert set(saved["constants"]) == {field.name for field in dataclasses.fields(finished)} - {"run_dir"}
+    assert saved["versions"]["keras"] == keras.__version__
+
+
+def test_history_has_a_row_an_epoch(finished):
+    with open(finished.run_dir / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["stage"], row["epoch"]) for row in rows] == [
+        ("vqvae", "1"),
+        ("vqvae", "2"),
+        ("prior", "1"),
+        ("prior", "2"),
+    ]
+    names = list(rows[0])
+    assert names.index("reconstruction") < names.index("codebook") < names.index("commitment")
+    assert all(float(rows[0][f"val_{name}"]) for name in ("loss", "reconstruction", "ssim", "perplexity"))
+    assert all(float(rows[2][name]) for name in ("loss", "val_loss", "bits_per_code", "seconds", "learning_rate"))
+
+
+def test_metrics_are_plain_numbers(finished):
+    numbers = json.loads((finished.run_dir / "metrics.json").read_text())
+    assert {"ssim", "ssim_brain", "psnr_db", "codes_used", "perplexity", "prior_bits_per_code"} <= numbers.keys()
+    assert all(isinstance(value, int | float) for value in numbers.values())
+    assert 0 < numbers["codes_used"] <= 1
+    assert numbers["prior_bits_per_image"] == pytest.approx(16 * numbers["prior_bits_per_code"])
+    assert numbers["test_slices"] == 4
+
+
+def test_samples_are_grey_pngs_of_the_image_size(finished):
+    for path in (finished.run_dir / "samples").glob("*.png"):
+        with Image.open(path) as picture:
+            assert (picture.mode, picture.size) == ("L", (32, 32))
+
+
+def test_importing_model_is_all_that_loading_takes(finished):
+    code = (
+        "import sys, keras, model; v = keras.saving.load_model(sys.argv[1] + '/vqvae.keras');"
+        "p = keras.saving.load_model(sys.argv[1] + '/prior.keras'); print(v.grid_size, p.grid_size)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code, finished.run_dir], cwd=ROOT, capture_output=True, text=True)
+    assert loaded.stdout.strip() == "4 (4, 4)", loaded.stderr
+
+
+def test_a_complete_run_is_left_alone(finished, capsys):
+    before = files(finished.run_dir)
+    driver.main(finished)
+    assert files(finished.run_dir) == before
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_only_what_is_missing_is_made_again(finished):
+    before = files(finished.run_dir)
+    (finished.run_dir / "images" / "codes.png").unlink()
+    (finished.run_dir / "metrics.json").unlink()
+    driver.main(finished)
+    assert files(finished.run_dir) == before
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, tmp_path):
+    again = dataclasses.replace(finished, run_dir=tmp_path / "again")
+    driver.main(again)
+    first, second = files(finished.run_dir), files(again.run_dir)
+    for name in ("metrics.json", "samples/codes.npy", *(n for n in first if n.startswith("samples/"))):
+        assert first[name] == second[name], name
+    for name in ("vqvae.keras", "prior.keras"):
+        one, two = (keras.saving.load_model(c.run_dir / name).get_weights() for c in (finished, again))
+        assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)), name
+
+
+def test_other_training_constants_are_refused_and_nothing_is_lost(finished):
+    before = files(finished.run_dir)
+    with pytest.raises(driver.ConfigError, match="num_embeddings was 16, is 32"):
+        driver.main(dataclasses.replace(finished, num_embeddings=32))
+    assert files(finished.run_dir) == before
+
+
+def test_other_sampling_constants_draw_again_without_training(finished, tmp_path):
+    before = files(finished.run_dir)
+    driver.main(dataclasses.replace(finished, num_samples=2, sample_positions=(1, 3)))
+    names = sorted(path.name for path in (finished.run_dir / "samples").glob("*.png"))
+    assert names == ["sample_000_slice_1.png", "sample_001_slice_3.png"]
+    assert (finished.run_dir / "vqvae.keras").read_bytes() == before["vqvae.keras"]
+    driver.main(finished)
+    after = files(finished.run_dir)
+    assert after["samples/codes.npy"] == before["samples/codes.npy"]
+
+
+def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(driver.ConfigError, match="holds other things than a run"):
+        driver.main(dataclasses.replace(finished, run_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"image_size": 100}, "image_size is 100: must be a multiple of downsampling (8)"),
+        ({"image_size": 8}, "image_size is 8: must be at least 16 (SSIM's window is 11 pixels wide)"),
+        ({"downsampling": 6}, "downsampling is 6: must be a power of two: 2, 4, 8, …"),
+        ({"downsampling": 1}, "downsampling is 1: must be a power of two: 2, 4, 8, …"),
+        ({"num_embeddings": 0}, "num_embeddings is 0: must be at least 1"),
+        ({"num_embeddings": 1}, "num_embeddings is 1: must be at least 2"),
+        ({"vqvae_learning_rate": -1e-3}, "vqvae_learning_rate is -0.001: must be a positive number"),
+        ({"prior_learning_rate": float("nan")}, "prior_learning_rate is nan: must be a positive number"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0: must be from 0 to below 1"),
+        ({"prior_dropout": -0.1}, "prior_dropout is -0.1: must be from 0 to below 1"),
+        ({"batch_size": 0}, "batch_size is 0: must be at least 1"),
+        ({"num_samples": 0}, "num_samples is 0: must be at least 1"),
+        ({"prior_kernel_size": 4}, "prior_kernel_size is 4: must be odd, and at least 3"),
+        ({"temperature": 0.0}, "temperature is 0.0: must be a positive number"),
+        ({"top_p": 0.0}, "top_p is 0.0: must be above 0 and at most 1"),
+        ({"seed": -1}, "seed is -1: must be 0 or more"),
+        (
+            {"mse_weight": 0, "l1_weight": 0, "ssim_weight": 0},
+            "mse_weight is 0: one of mse_weight, l1_weight and ssim_weight must be positive",
+        ),
+        (
+            {"prior_blocks": 1, "image_size": 96},
+            "prior_blocks is 1: 1 blocks are too few to see over a grid of 12: use more",
+        ),
+        (
+            {"sample_positions": (1,), "prior_uses_position": False},
+            "sample_positions is set: needs prior_uses_position, else the prior cannot follow it",
+        ),
+    ],
+)
+def test_constants_that_cannot_work_are_refused_at_once(tmp_path, constants, message):
+    with pytest.raises(driver.ConfigError) as error:
+        driver.main(tiny(tmp_path, **constants))
+    assert str(error.value) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_sample_positions_that_were_never_seen_are_refused(finished, tmp_path):
+    config = dataclasses.replace(finished, run_dir=tmp_path / "run", sample_positions=(1, 40))
+    with pytest.raises(driver.ConfigError, match="sample_positions has 40: the training slices have 0 to 3"):
+        driver.main(config)
+    assert not config.run_dir.exists()
+
+
+def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(phantom, "NUM_CASES", 6)
+    monkeypatch.setattr(phantom, "NUM_POSITIONS", 4)
+    titles = []
+    monkeypatch.setattr(driver.plots, "_figure", _recording(driver.plots._figure, titles))
+    driver.main(tiny(tmp_path, data_dir=None, vqvae_epochs=1, prior_epochs=1))
+    assert "SYNTHETIC" in capsys.readouterr().out.splitlines()[0]
+    assert len(titles) == len(driver.PICTURES)
+    assert all("SYNTHETIC" in note for note in titles)
+
+
+def _recording(make_figure, notes):
+    def figure(width, height, title, note):
+        notes.append(note)
+        return make_figure(width, height, title, note)
+
+    return figure
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.run(
+        [sys.executable, ROOT / "driver.py", *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+def test_bad_input_ends_with_one_line_and_status_2(tmp_path):
+    ended = command("--data-dir", tmp_path / "nowhere", "--run-dir", tmp_path / "run")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == f"error: {tmp_path / 'nowhere'}: no such folder; set data_dir to the folder with the PNG slices"
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_constants_end_with_status_2():
+    ended = command("--colour", "red")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "--colour" in ended.stderr + ended.stdout
+
+
+def test_help_shows_the_constants_with_their_comments():
+    ended = command("--help")
+    assert ended.returncode == 0
+    assert "--num-embeddings" in ended.stdout
+    assert "codes in the codebook" in ended.stdout
