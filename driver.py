@@ -48,19 +48,19 @@ class Config:
 
     image_size: int = 96  # height and width in pixels; slices are resized to it
     downsampling: int = 8  # pixels that a code's side stands for: 2, 4, 8, …; 96 / 8 makes 12 × 12 codes
-    channels: int = 64  # of the encoder's first convolution; each coarser resolution has twice as many
-    residual_blocks: int = 1  # at each of the two coarsest resolutions, in encoder and decoder
+    channels: int = 64  # of the encoder's first convolution; coarser resolutions have twice as many
+    residual_blocks: int = 2  # at the code grid, in encoder and decoder; half as many at twice its resolution
     num_embeddings: int = 512  # K: codes in the codebook
     embedding_dim: int = 32  # D: length of a code
     codebook: Literal["ema", "gradient"] = "ema"  # codes follow moving averages, or the loss of equation 3
-    ema_decay: float = 0.99  # γ of the moving averages
+    ema_decay: float = 0.98  # γ of the moving averages
     commitment_weight: float = 0.25  # β of the commitment loss
     restart_below: float = 0.1  # share of the mean use below which a code restarts; 0 never restarts
     mse_weight: float = 1.0  # of MSE / variance of the data in the reconstruction loss
     l1_weight: float = 1.0  # of the mean absolute error
     ssim_weight: float = 1.0  # of 1 − SSIM
 
-    batch_size: int = 32  # slices in a training step, both stages
+    batch_size: int = 16  # slices in a training step, both stages
     vqvae_epochs: int = 50  # at most
     vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
     vqvae_patience: int = 10  # epochs without a better validation reconstruction before stopping

@@ -290,17 +290,17 @@ class ResidualBlock(layers.Layer):
 class VQVAE(keras.Model):
     """Vector-quantized autoencoder of images (van den Oord et al. 2017).
 
-    The encoder halves the image `log2(downsampling)` times by 4 × 4 convolutions of stride 2, doubling the
-    channels each time; residual blocks follow at the two coarsest resolutions. The decoder mirrors it with
-    transposed convolutions. The loss is equation 3 with, as its reconstruction term,
+    The encoder halves the image `log2(downsampling)` times by 4 × 4 convolutions of stride 2, the first with
+    `channels` channels, the others with twice as many; residual blocks follow at the two coarsest resolutions.
+    The decoder mirrors it with transposed convolutions. The loss is equation 3 with, as its reconstruction term,
 
         w_mse · MSE / var(data) + w_l1 · L1 + w_ssim · (1 − SSIM).
 
     Args:
         image_size: height and width in pixels, a multiple of `downsampling`.
         downsampling: image pixels a code's side stands for, a power of two; the grid is h = w = image_size / it.
-        channels: of the first convolution; each coarser resolution has twice as many.
-        residual_blocks: number at each of the two coarsest resolutions of encoder and decoder.
+        channels: of the first convolution; all coarser resolutions have twice as many.
+        residual_blocks: number at the grid's resolution, in encoder and decoder; half as many at twice that.
         num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, restart_below, seed: see
             `VectorQuantizer`.
         mse_weight, l1_weight, ssim_weight: w of the reconstruction loss.
@@ -359,8 +359,8 @@ class VQVAE(keras.Model):
         self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
         self.data_variance = data_variance
 
-        widths = [channels * 2**i for i in range(halvings)]
-        blocks = [residual_blocks if i >= halvings - 2 else 0 for i in range(halvings)]
+        widths = [channels, *[2 * channels] * (halvings - 1)]
+        blocks = [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
         self.encoder = _encoder(widths, blocks, embedding_dim)
         self.quantizer = VectorQuantizer(
             num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, restart_below, seed, name="quantizer"

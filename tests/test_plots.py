@@ -9,7 +9,7 @@ IMAGES = RNG.random((6, 16, 16, 1))
 POSITIONS = np.arange(6)
 CURVES = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity")
 HISTORY = [
-    {"epoch": epoch, **{name: 1 / epoch for name in CURVES}, **{f"val_{name}": 1.1 / epoch for name in CURVES}}
+    {"epoch": epoch, **dict.fromkeys(CURVES, 1 / epoch), **{f"val_{name}": 1.1 / epoch for name in CURVES}}
     for epoch in (1, 2, 3)
 ]
 
