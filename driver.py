@@ -86,6 +86,18 @@ STAGES = ("vqvae", "prior")
 SAMPLING_CONSTANTS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")
 
 
+PICTURES = (
+    "vqvae_loss.png",
+    "prior_loss.png",
+    "ssim.png",
+    "codebook.png",
+    "reconstructions.png",
+    "codes.png",
+    "samples.png",
+    "samples_by_position.png",
+)
+
+
 class ConfigError(Exception):
     """A constant that cannot work. The message is one line that names it and says what to do."""
 
@@ -299,15 +311,22 @@ def fit(network, run, training, validation, steps, epochs, learning_rate, patien
 
 
 def encode(vqvae: model.VQVAE, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Code indices (N, h, w) int32 of images (N, H, W, 1) uint8, a batch at a time."""
-    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-    return np.concatenate([keras.ops.convert_to_numpy(vqvae.encode(dataset.to_float(batch))) for batch in batches])
+    """Code indices (N, h, w) int32 of images (N, H, W, 1) uint8, a batch at a time, showing progress."""
+    return in_batches(lambda batch: vqvae.encode(dataset.to_float(batch)), images, batch_size, "slices encoded")
 
 
 def decode(vqvae: model.VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
-    """Images (N, H, W, 1) float32 in [0, 1] of code indices (N, h, w), a batch at a time."""
-    batches = (codes[i : i + batch_size] for i in range(0, len(codes), batch_size))
-    return np.concatenate([keras.ops.convert_to_numpy(vqvae.decode_code(batch)) for batch in batches])
+    """Images (N, H, W, 1) float32 in [0, 1] of code indices (N, h, w), a batch at a time, showing progress."""
+    return in_batches(vqvae.decode_code, codes, batch_size, "slices decoded")
+
+
+def in_batches(function: Callable, rows: np.ndarray, batch_size: int, unit: str) -> np.ndarray:
+    """The function's results for some rows at a time, as one array."""
+    bar, results = dataset.progress_bar(len(rows), unit), []
+    for start in range(0, len(rows), batch_size):
+        results.append(keras.ops.convert_to_numpy(function(rows[start : start + batch_size])))
+        bar.add(len(results[-1]))
+    return np.concatenate(results)
 
 
 def draw_codes(config: Config, prior: model.PixelCNN, positions: np.ndarray, name: str) -> np.ndarray:
@@ -319,7 +338,7 @@ def draw_codes(config: Config, prior: model.PixelCNN, positions: np.ndarray, nam
 
 
 def draw_samples(config: Config, run: "Run", vqvae, prior, slices: dict[str, dataset.Slices]) -> None:
-    """New brains: samples/codes.npy, one PNG each, and the picture of them all."""
+    """New brains: samples/codes.npy and one PNG each."""
     folder = run.folder / "samples"
     if folder.exists():
         return
@@ -334,7 +353,6 @@ def draw_samples(config: Config, run: "Run", vqvae, prior, slices: dict[str, dat
     for i, (image, position) in enumerate(zip(images, positions, strict=True)):
         grey = (image[..., 0] * 255).round().astype(np.uint8)
         Image.fromarray(grey).save(unfinished / f"sample_{i:03d}_slice_{position}.png")
-    plots.samples(run.folder / "images" / "samples.png", images, positions, run.note)
     unfinished.rename(folder)
 
 
@@ -349,6 +367,7 @@ def measure(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, test: d
     """metrics.json: numbers over the whole test split."""
     if run.metrics_path.exists():
         return
+    print("measuring on the test split")
     prior.compile()
     cross_entropy = prior.evaluate(
         dataset.code_batches(codes, test.positions, config.batch_size), return_dict=True, verbose=0
@@ -356,7 +375,9 @@ def measure(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, test: d
     numbers = {
         "test_slices": len(test),
         "test_people": len(set(test.cases)),
-        **metrics.reconstruction_metrics(dataset.to_float(test.images), decode(vqvae, codes, config.batch_size)),
+        **metrics.reconstruction_metrics(
+            (dataset.to_float(image) for image in test.images), decode(vqvae, codes, config.batch_size)
+        ),
         **metrics.code_metrics(codes, config.num_embeddings),
         **metrics.prior_metrics(cross_entropy["loss"], codes[0].size),
     }
@@ -372,6 +393,10 @@ def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, s
     shown = np.argsort(test.positions, kind="stable")[shown]  # spread over the positions
     originals, positions = dataset.to_float(test.images[shown]), test.positions[shown]
     embeddings = keras.ops.convert_to_numpy(vqvae.quantizer.embeddings)
+
+    def new_brains(path: Path) -> None:
+        drawn = decode(vqvae, np.load(run.folder / "samples" / "codes.npy"), config.batch_size)
+        plots.samples(path, drawn, sample_positions(config, slices["train"].positions), note)
 
     def by_position(path: Path) -> None:
         train_positions, rows = np.unique(slices["train"].positions), 4
@@ -390,23 +415,12 @@ def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, s
             path, originals, decode(vqvae, codes[shown], config.batch_size), positions, note
         ),
         "codes.png": lambda path: plots.codes(path, originals, codes[shown], embeddings, positions, note),
+        "samples.png": new_brains,
         "samples_by_position.png": by_position,
     }
-    for name, draw in pictures.items():
+    for name in PICTURES:
         if not (folder / name).exists():
-            draw(folder / name)
-
-
-PICTURES = (
-    "vqvae_loss.png",
-    "prior_loss.png",
-    "ssim.png",
-    "codebook.png",
-    "reconstructions.png",
-    "codes.png",
-    "samples.png",
-    "samples_by_position.png",
-)
+            pictures[name](folder / name)
 
 
 # ------------------------------------------------------------------------------------------ the run folder
@@ -460,7 +474,7 @@ class Run:
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
             for name in ("samples.png", "samples_by_position.png"):
                 (self.folder / "images" / name).unlink(missing_ok=True)
-        packages = ("tensorflow", "keras", "tensorflow-probability", "numpy", "scikit-image", "matplotlib")
+        packages = ("tensorflow", "keras", "numpy", "scikit-image", "matplotlib")
         versions = {"project": PROJECT_VERSION, "python": platform.python_version(), "backend": keras.backend.backend()}
         versions |= {name: version(name) for name in packages}
         text = json.dumps({"constants": _constants(self.config), "versions": versions}, indent=2)

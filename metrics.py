@@ -1,6 +1,7 @@
 """Every number in metrics.json."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -17,11 +18,11 @@ def ssim_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
     return structural_similarity(original, reconstruction, full=True, **wang)[1]
 
 
-def reconstruction_metrics(originals: np.ndarray, reconstructions: np.ndarray) -> dict[str, float]:
+def reconstruction_metrics(originals: Iterable[np.ndarray], reconstructions: Iterable[np.ndarray]) -> dict[str, float]:
     """How near reconstructions are to their originals, as means over slices.
 
     Args:
-        originals, reconstructions: (N, H, W, 1) float32; both are clipped to [0, 1] first.
+        originals, reconstructions: (H, W, 1) float32 images, as many of one as of the other; clipped to [0, 1].
 
     Returns:
         ssim: over the whole slice, without the 5 pixels at the edges (scikit-image's mean).
@@ -30,19 +31,19 @@ def reconstruction_metrics(originals: np.ndarray, reconstructions: np.ndarray) -
         psnr_db: peak signal-to-noise ratio with peak 1, in dB; the mean squared error is taken as at least
             1e-10, so that identical images count 100 dB.
     """
-    originals = np.clip(originals[..., 0], 0, 1)
-    reconstructions = np.clip(reconstructions[..., 0], 0, 1)
-    whole, brain = [], []
+    whole, brain, psnr = [], [], []
     for original, reconstruction in zip(originals, reconstructions, strict=True):
+        original, reconstruction = (np.clip(image[..., 0], 0, 1) for image in (original, reconstruction))
         similarity = ssim_map(original, reconstruction)
         whole.append(similarity[5:-5, 5:-5].mean())
         if (original > BRAIN).any():
             brain.append(similarity[original > BRAIN].mean())
-    squared_error = np.mean(np.square(originals - reconstructions, dtype=np.float64), axis=(1, 2))
+        squared_error = np.mean(np.square(original - reconstruction, dtype=np.float64))
+        psnr.append(-10 * math.log10(max(squared_error, 1e-10)))
     return {
         "ssim": float(np.mean(whole)),
         "ssim_brain": float(np.mean(brain)) if brain else math.nan,
-        "psnr_db": float(np.mean(-10 * np.log10(np.maximum(squared_error, 1e-10)))),
+        "psnr_db": float(np.mean(psnr)),
     }
 
 
