@@ -43,7 +43,7 @@ class Config:
     """Every constant. Edit them here or pass them, as in --image-size 128."""
 
     data_dir: Path | None = None  # folder of OASIS PNG slices; None makes synthetic ones
-    run_dir: Path = Path("runs/oasis96")  # where everything of this run goes
+    run_dir: Path | None = None  # where everything of this run goes; None: runs/oasis96, or runs/synthetic96
     seed: int = 0  # fixes initial weights, shuffles, restarts, dropout, samples and synthetic people
 
     image_size: int = 96  # height and width in pixels; slices are resized to it
@@ -426,13 +426,18 @@ def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, s
 # ------------------------------------------------------------------------------------------ the run folder
 
 
+def run_folder(config: Config) -> Path:
+    """`run_dir`, or a name made of where the slices come from and their size."""
+    return config.run_dir or Path("runs") / f"{'oasis' if config.data_dir else 'synthetic'}{config.image_size}"
+
+
 class Run:
     """The run folder: what is done, the constants it was done with, the history so far."""
 
     def __init__(self, config: Config):
         """Raises ConfigError if the folder holds a run with other constants."""
         self.config = config
-        self.folder = config.run_dir
+        self.folder = run_folder(config)
         self.metrics_path = self.folder / "metrics.json"
         self.note = "" if config.data_dir else "SYNTHETIC slices, not real brains"
         self.history = _read_history(self.folder / "history.csv")
@@ -579,7 +584,9 @@ def command_line() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on after the last finished step in {config.run_dir}", file=sys.stderr)
+        print(
+            f"\nstopped; the same command goes on after the last finished step in {run_folder(config)}", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -84,7 +84,8 @@ def train(network: model.VQVAE, slices: dict, batch_size: int, limit: float) -> 
         network.train_on_batch(images, positions)
         spent += (time.perf_counter() - begun) if step else 0
         if spent >= limit:
-            return training.validation_ssim(network, slices["validate"].images)
+            break
+    return training.validation_ssim(network, slices["validate"].images)
 
 
 def main(options: Options) -> None:
