@@ -323,18 +323,68 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255
 
 
-def image_batches(slices: Slices, batch_size: int, seed: int | None = None, first_epoch: int = 0) -> tf.data.Dataset:
+def image_batches(
+    slices: Slices, batch_size: int, seed: int | None = None, first_epoch: int = 0, augmented: bool = False
+) -> tf.data.Dataset:
     """Batches of images with their slice positions.
 
     Args:
         seed: None gives one pass in order; a number gives endless epochs, each shuffled by (seed, epoch).
         first_epoch: the epoch to begin with, where shuffled.
+        augmented: change every image by `augment`; a function of (seed, epoch, step), where shuffled.
 
     Returns:
         A dataset of (images (B, H, W, 1) float32 in [0, 1], positions (B,) int32), prefetched.
     """
     batches = _batches((slices.images, slices.positions), batch_size, seed, first_epoch)
-    return batches.map(lambda images, positions: (tf.cast(images, tf.float32) / 255, positions)).prefetch(2)
+    first_step = first_epoch * steps_per_epoch(len(slices), batch_size)
+
+    def to_model(step: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        images, positions = batch
+        images = tf.cast(images, tf.float32) / 255
+        return augment(images, (seed, step)) if augmented else images, positions
+
+    return batches.enumerate(first_step).map(to_model).prefetch(2)
+
+
+def augment(images: tf.Tensor, seed: tuple[int, int]) -> tf.Tensor:
+    """Mirror, shift, brighten and, three in five, turn and stretch images at random.
+
+    A hundred people are few: without this the VQ-VAE learns them by heart. Shifts by whole pixels and mirroring
+    keep every grey value; turning by up to 10° and stretching by up to 10 % in each direction interpolate, so
+    that two in five images stay sharp.
+
+    Args:
+        images: (B, H, W, 1) float32 in [0, 1], square.
+        seed: two numbers that fix all that is random.
+
+    Returns:
+        (B, H, W, 1) float32 in [0, 1]; what comes in from outside the image is black.
+    """
+    shape = tf.shape(images)
+    count, size = shape[0], shape[1]
+    uniform = tf.unstack(tf.random.stateless_uniform((7, count), tf.cast(tf.stack(seed), tf.int32), -1, 1))
+    bent = tf.cast(tf.abs(uniform[0]) < 0.6, tf.float32)
+    angle = bent * uniform[1] * (10 * np.pi / 180)
+    scale_x, scale_y = tf.exp(bent * uniform[2] * 0.1), tf.exp(bent * uniform[3] * 0.1)
+    mirror = tf.where(uniform[4] < 0, -1.0, 1.0)
+    shift_x, shift_y = tf.round(uniform[5] * 4.5), tf.round(uniform[6] * 4.5)
+    # Each output pixel (x, y) reads the input at (a0 x + a1 y + a2, b0 x + b1 y + b2), about the centre.
+    a0, a1 = mirror * tf.cos(angle) * scale_x, -tf.sin(angle) * scale_y
+    b0, b1 = mirror * tf.sin(angle) * scale_x, tf.cos(angle) * scale_y
+    centre = (tf.cast(size, tf.float32) - 1) / 2
+    a2, b2 = centre * (1 - a0 - a1) + shift_x, centre * (1 - b0 - b1) + shift_y
+    nothing = tf.zeros_like(a0)
+    moved = tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=tf.stack([a0, a1, a2, b0, b1, b2, nothing, nothing], axis=1),
+        output_shape=tf.stack([size, size]),
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+        fill_value=0.0,
+    )
+    gain = 1 + 0.1 * tf.random.stateless_uniform((count, 1, 1, 1), tf.cast(tf.stack(seed), tf.int32) + 1, -1, 1)
+    return tf.ensure_shape(tf.clip_by_value(moved * gain, 0, 1), images.shape)
 
 
 def code_batches(

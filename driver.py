@@ -60,6 +60,7 @@ class Config:
     l1_weight: float = 1.0  # of the mean absolute error
     ssim_weight: float = 1.0  # of 1 − SSIM
 
+    augment: bool = True  # mirror, shift, brighten, turn and stretch the slices that the VQ-VAE trains on
     batch_size: int = 16  # slices in a training step, both stages
     vqvae_epochs: int = 50  # at most
     vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
@@ -242,7 +243,7 @@ def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -
     fit(
         vqvae,
         run,
-        training=dataset.image_batches(train, config.batch_size, config.seed),
+        training=dataset.image_batches(train, config.batch_size, config.seed, augmented=config.augment),
         validation=dataset.image_batches(validate, config.batch_size),
         steps=dataset.steps_per_epoch(len(train), config.batch_size),
         epochs=config.vqvae_epochs,

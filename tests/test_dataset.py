@@ -243,6 +243,29 @@ def test_shuffles_are_a_function_of_seed_and_epoch():
     assert epoch_order(0, seed=1) != orders[0]
 
 
+def test_augmentation_keeps_brains_and_is_fixed_by_its_seed():
+    brains = np.stack([dataset.phantom.slice_image(0, 1, p)[..., None] for p in range(0, 16, 2)])
+    brains = tf.constant(dataset.to_float(brains))
+    changed = dataset.augment(brains, (3, 5)).numpy()
+    assert np.array_equal(changed, dataset.augment(brains, (3, 5)))
+    assert not np.array_equal(changed, dataset.augment(brains, (3, 6)))
+    assert changed.shape == brains.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    brightness = changed.sum(axis=(1, 2, 3)) / brains.numpy().sum(axis=(1, 2, 3))
+    assert np.all(np.abs(brightness - 1) < 0.35)  # 10 % brighter and 21 % larger, at most
+    assert len({round(float(b), 3) for b in brightness}) > 4  # each image is changed in its own way
+
+
+def test_augmentation_is_a_function_of_seed_and_epoch():
+    def third_epoch(first_epoch):
+        batches = dataset.image_batches(slices(12), 4, seed=1, first_epoch=first_epoch, augmented=True)
+        return [images.numpy() for images, _ in batches.skip(3 * (2 - first_epoch)).take(3)]
+
+    for from_the_start, begun_later in zip(third_epoch(0), third_epoch(2), strict=True):
+        assert np.array_equal(from_the_start, begun_later)
+
+
 def test_code_batches_pair_codes_with_positions_and_targets():
     codes = np.arange(24, dtype=np.int32).reshape(6, 2, 2)
     (inputs, positions), targets = next(iter(dataset.code_batches(codes, np.arange(6, dtype=np.int32), 4)))
