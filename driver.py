@@ -60,7 +60,7 @@ class Config:
     l1_weight: float = 1.0  # of the mean absolute error
     ssim_weight: float = 1.0  # of 1 − SSIM
 
-    augment: bool = True  # mirror, shift, brighten, turn and stretch the slices that the VQ-VAE trains on
+    augment: bool = True  # mirror, brighten, turn and stretch the slices that the VQ-VAE trains on
     batch_size: int = 16  # slices in a training step, both stages
     vqvae_epochs: int = 50  # at most
     vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
