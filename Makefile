@@ -23,6 +23,8 @@ format: .venv/installed-dev
 bench: .venv/installed
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/blocks.py
 
 clean:
 	rm -rf .venv

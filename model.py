@@ -421,6 +421,10 @@ class MaskedConv2D(layers.Layer):
     Only the rows and columns of the kernel that hold a tap are made. The mask is multiplied with the kernel in
     `call`, where taps within them must be zero.
 
+    `call` convolves a whole grid, for training. For sampling, `row` and `cell` make one position of the same
+    output out of the inputs that lie before it: the part of the rows that are known whole, a row at a time, and
+    the part of the row's own positions, one at a time. Where a mask has both, the two add up.
+
     Args:
         filters: channels of the output.
         kernel_size: k, odd: an even kernel has no centre to mask.
@@ -443,6 +447,12 @@ class MaskedConv2D(layers.Layer):
         # before the centre, the input loses that many positions at its end instead.
         centre = kernel_size // 2
         self.margins = [((centre - t[0]) * dilation, (t[-1] - centre) * dilation) for t in (rows, columns)]
+        # For sampling: how many kernel rows read whole rows, how many taps read the row's own positions, and how
+        # many of the newest rows and positions have to be kept for them.
+        self.whole_rows = {"v": len(rows), "h": 0}.get(mask[0], centre)
+        self.own_taps = 0 if mask[0] == "v" else centre + mask.endswith("B")
+        self.row_span = self.whole_rows * dilation - (dilation - 1) * (mask == "vertical B")
+        self.cell_span = self.own_taps * dilation - (dilation - 1) * mask.endswith("B")
 
     def _taps(self) -> np.ndarray:
         """(k, k) of 0 and 1."""
@@ -476,6 +486,22 @@ class MaskedConv2D(layers.Layer):
         if not self.taps.all():
             kernel = kernel * ops.cast(self.taps[:, :, None, None], kernel.dtype)
         return ops.conv(inputs, kernel, padding="valid", dilation_rate=self.dilation) + self.bias
+
+    def row(self, rows):
+        """What the newest rows (B, row_span, w, C), the last being the one above or, for a vertical mask B, the
+        output's own, give to an output row: (B, w, filters)."""
+        side = self.kernel_size // 2 * self.dilation
+        rows = ops.pad(rows[:, :: self.dilation], ((0, 0), (0, 0), (side, side), (0, 0)))
+        kernel = self.kernel[: self.whole_rows]
+        return ops.conv(rows, kernel, padding="valid", dilation_rate=(1, self.dilation))[:, 0] + self.bias
+
+    def cell(self, cells):
+        """What the newest positions (B, cell_span, C) of the row, the last being the one to the left or, for a
+        mask B, the output's own, give to an output position: (B, filters)."""
+        cells = cells[:, :: self.dilation]  # (B, own_taps, C)
+        kernel = ops.reshape(self.kernel[-1, : self.own_taps], (-1, self.filters))
+        output = ops.reshape(cells, (-1, kernel.shape[0])) @ kernel
+        return output if self.whole_rows else output + self.bias  # the rows have brought the bias
 
     def get_config(self):
         return {
@@ -519,11 +545,16 @@ class GatedBlock(layers.Layer):
         """Stacks (B, h, w, filters) and condition (B, filters) to the two new stacks."""
         condition = self.condition(condition)[:, None, None, :]
         above = self.vertical(vertical)
-        left = self.horizontal(horizontal) + self.across(above)
-        if not self.last:
-            vertical = vertical + self.vertical_out(_gate(above + condition))
-        horizontal = horizontal + self.horizontal_out(self.dropout(_gate(left + condition), training=training))
-        return vertical, horizontal
+        left = self.horizontal(horizontal) + self.across(above) + condition
+        return self.next_vertical(vertical, above + condition), self.next_horizontal(horizontal, left, training)
+
+    def next_vertical(self, vertical, above):
+        """The vertical stack (…, filters), given the sum of all that enters its gate (…, 2 · filters)."""
+        return vertical if self.last else vertical + self.vertical_out(_gate(above))
+
+    def next_horizontal(self, horizontal, left, training=False):
+        """The horizontal stack (…, filters), given the sum of all that enters its gate (…, 2 · filters)."""
+        return horizontal + self.horizontal_out(self.dropout(_gate(left), training=training))
 
     def get_config(self):
         return {
@@ -552,9 +583,16 @@ class PlainBlock(layers.Layer):
 
     def call(self, features, condition, training=False):
         """Features (B, h, w, filters) and condition (B, filters) to new features."""
-        inner = self.masked(ops.relu(self.reduce(ops.relu(features))))
-        inner = ops.relu(inner + self.condition(condition)[:, None, None, :])
-        return features + self.expand(self.dropout(inner, training=training))
+        inner = self.masked(self.reduced(features)) + self.condition(condition)[:, None, None, :]
+        return self.next_features(features, inner, training)
+
+    def reduced(self, features):
+        """What the masked convolution reads: (…, filters) to (…, filters / 2)."""
+        return ops.relu(self.reduce(ops.relu(features)))
+
+    def next_features(self, features, inner, training=False):
+        """The new features (…, filters), given the masked convolution and the condition (…, filters / 2)."""
+        return features + self.expand(self.dropout(ops.relu(inner), training=training))
 
     def get_config(self):
         return {
@@ -657,6 +695,10 @@ class PixelCNN(keras.Model):
             features = self.first(embedded) + self.place
             for block in self.blocks:
                 features = block(features, condition, training=training)
+        return self.head(features)
+
+    def head(self, features):
+        """Features (…, filters) to logits (…, K) float32."""
         return self.logits(self.hidden(ops.relu(features)))
 
     def condition(self, positions):

@@ -1,4 +1,7 @@
-"""Draw code indices from a prior: one compiled loop over the grid, no call from Python for each position."""
+"""Draw code indices from a prior, computing at each position only what that position adds.
+
+A draw is one compiled loop over the grid; Python is not called for a position.
+"""
 
 import keras
 import numpy as np
@@ -34,7 +37,7 @@ def draw(
     positions = np.asarray(positions, np.int32)
     # One number in [0, 1) for each code to draw. Drawn ahead, they do not depend on how the grids are batched.
     uniforms = np.random.default_rng(seed).random((len(positions), height * width), np.float32)
-    draw_batch = _compiled(lambda u, p: _draw_batch(prior, u, p, temperature, top_k, top_p))
+    draw_batch = compiled(lambda u, p: draw_batch(prior, u, p, temperature, top_k, top_p))
     codes = []
     for start in range(0, len(positions), batch_size):
         batch = slice(start, start + batch_size)
@@ -75,22 +78,147 @@ def choose(logits, uniforms):
     return ops.minimum(chosen, logits.shape[-1] - 1)
 
 
-def _draw_batch(prior, uniforms, positions, temperature, top_k, top_p):
+def incremental(prior: model.PixelCNN, positions, inputs, pick):
+    """Go over the grid in raster order, computing at each position only what that position adds.
+
+    Each masked convolution keeps the inputs that later positions will read (Ramachandran et al. 2017, "Fast
+    generation for convolutional autoregressive models"): a few rows for the part of its kernel that reads whole
+    rows, which advances once a row; a few positions for the part that reads the row itself, which advances at
+    every position. The layers are the prior's own, so the logits are those of `prior((codes, positions))`.
+
+    Args:
+        positions: (B,) int32 slice positions.
+        inputs: (h, w, B), one element for each position of each grid, handed to `pick`.
+        pick: function of the logits (B, K) and the inputs (B,) of a position; returns the code indices (B,) int32
+            to go on with.
+
+    Returns:
+        Code indices (h, w, B) int32.
+    """
+    return (_gated_walk if prior.gated else _plain_walk)(prior, positions, inputs, pick)
+
+
+def _gated_walk(prior, positions, inputs, pick):
+    """`incremental` for the gated prior: vertical stack a row at a time, horizontal stack a position at a time."""
+    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(positions)[0]
+    condition = prior.condition(positions)
+    conditions = [block.condition(condition)[:, None] for block in blocks]  # (B, 1, 2 · filters)
+    row_layers = [prior.first_vertical, *[block.vertical for block in blocks]]
+    cell_layers = [prior.first_horizontal, *[block.horizontal for block in blocks]]
+
+    def next_row(windows, row_inputs):
+        row_inputs, place = row_inputs
+        vertical = prior.first_vertical.row(windows[0]) + place  # (B, w, filters)
+        entering = [vertical]  # what the positions of the row take from above, layer by layer
+        moved = []
+        for block, window, given in zip(blocks, windows[1:], conditions, strict=True):
+            moved.append(_push(window, vertical))
+            above = block.vertical.row(moved[-1])
+            entering.append(block.across(above) + given)
+            vertical = block.next_vertical(vertical, above + given)
+
+        def next_cell(cells, cell_inputs):
+            cell_inputs, first, *above = cell_inputs
+            horizontal = prior.first_horizontal.cell(cells[0]) + first
+            moved = []
+            for block, window, given in zip(blocks, cells[1:], above, strict=True):
+                moved.append(_push(window, horizontal))
+                horizontal = block.next_horizontal(horizontal, block.horizontal.cell(moved[-1]) + given)
+            codes = pick(prior.head(horizontal), cell_inputs)
+            return [_push(cells[0], prior.embedding(codes)), *moved], [codes]
+
+        xs = [row_inputs, *[_columns_first(e) for e in entering]]
+        _, (codes,) = _scan(next_cell, _no_cells(cell_layers, batch_size), xs, [_no_codes(width, batch_size)])
+        return [_push(windows[0], _columns_first(prior.embedding(codes))), *moved], [codes]
+
+    windows = _no_rows(row_layers, batch_size, width)
+    return _scan(next_row, windows, [inputs, prior.place], [_no_codes(height, width, batch_size)])[1][0]
+
+
+def _plain_walk(prior, positions, inputs, pick):
+    """`incremental` for the plain prior: what all rows above give comes a row at a time, the rest by position."""
+    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(positions)[0]
+    condition = prior.condition(positions)
+    conditions = [prior.place, *[block.condition(condition)[:, None] for block in blocks]]
+    layers = [prior.first, *[block.masked for block in blocks]]
+
+    def next_row(windows, row_inputs):
+        row_inputs, place = row_inputs
+        above = [layer.row(window) for layer, window in zip(layers, windows, strict=True)]  # (B, w, …)
+        entering = [a + given for a, given in zip(above, [place, *conditions[1:]], strict=True)]
+
+        def next_cell(cells, cell_inputs):
+            cell_inputs, first, *above = cell_inputs
+            features = prior.first.cell(cells[0]) + first
+            moved, read = [], []
+            for block, window, given in zip(blocks, cells[1:], above, strict=True):
+                read.append(block.reduced(features))
+                moved.append(_push(window, read[-1]))
+                features = block.next_features(features, block.masked.cell(moved[-1]) + given)
+            codes = pick(prior.head(features), cell_inputs)
+            return [_push(cells[0], prior.embedding(codes)), *moved], [codes, *read]
+
+        xs = [row_inputs, *[_columns_first(e) for e in entering]]
+        nothing_read = [ops.zeros((width, batch_size, layer.kernel.shape[2])) for layer in layers[1:]]
+        outputs = [_no_codes(width, batch_size), *nothing_read]
+        _, (codes, *read) = _scan(next_cell, _no_cells(layers, batch_size), xs, outputs)
+        read = [prior.embedding(codes), *read]  # what each layer read along the row, (w, B, …)
+        return [_push(window, _columns_first(r)) for window, r in zip(windows, read, strict=True)], [codes]
+
+    windows = _no_rows(layers, batch_size, width)
+    return _scan(next_row, windows, [inputs, prior.place], [_no_codes(height, width, batch_size)])[1][0]
+
+
+def _scan(step, state, inputs, outputs):
+    """Call `step(state, [x[i] for x in inputs])` for each i in turn; it returns the new state and its outputs,
+    which are put in their places i of `outputs`. (`keras.ops.scan` wants outputs like the state.)"""
+
+    def body(i, carried):
+        state, outputs = carried
+        state, new = step(state, [ops.take(x, i, axis=0) for x in inputs])
+        place = ops.reshape(ops.cast(i, "int32"), (1, 1))
+        return state, [ops.scatter_update(all_, place, one[None]) for all_, one in zip(outputs, new, strict=True)]
+
+    return ops.fori_loop(0, inputs[0].shape[0], body, (state, outputs))
+
+
+def _push(window, newest):
+    """Drop the oldest of (B, span, …) and append the newest (B, …)."""
+    return ops.concatenate([window[:, 1:], newest[:, None]], axis=1)
+
+
+def _columns_first(row):
+    """(B, w, …) to (w, B, …) and back."""
+    return ops.swapaxes(row, 0, 1)
+
+
+def _no_rows(layers: list[model.MaskedConv2D], batch_size, width: int) -> list:
+    """The rows above the grid that each layer reads: zeros, as in its padding."""
+    return [ops.zeros((batch_size, layer.row_span, width, layer.kernel.shape[2])) for layer in layers]
+
+
+def _no_cells(layers: list[model.MaskedConv2D], batch_size) -> list:
+    """The positions left of the grid that each layer reads: zeros."""
+    return [ops.zeros((batch_size, layer.cell_span, layer.kernel.shape[2])) for layer in layers]
+
+
+def _no_codes(*shape):
+    return ops.zeros(shape, dtype="int32")
+
+
+def draw_batch(prior, uniforms, positions, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
     """(B, h·w) numbers in [0, 1) and (B,) slice positions to (B, h·w) code indices."""
     height, width = prior.grid_size
-    cells = ops.arange(height * width)
 
-    def draw_cell(i, codes):
-        logits = prior((ops.reshape(codes, (-1, height, width)), positions))
-        logits = ops.take(ops.reshape(logits, (-1, height * width, prior.num_embeddings)), i, axis=1)
-        drawn = choose(restrict(logits, temperature, top_k, top_p), ops.take(uniforms, i, axis=1))
-        return ops.where(cells == i, drawn[:, None], codes)
+    def pick(logits, numbers):
+        return choose(restrict(logits, temperature, top_k, top_p), numbers)
 
-    start = ops.zeros(ops.shape(uniforms), dtype="int32")
-    return ops.fori_loop(0, height * width, draw_cell, start)
+    numbers = ops.transpose(ops.reshape(uniforms, (-1, height, width)), (1, 2, 0))  # (h, w, B)
+    codes = incremental(prior, positions, numbers, pick)  # (h, w, B)
+    return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
 
 
-def _compiled(function):
+def compiled(function):
     """The function as one graph of the backend."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -1,4 +1,4 @@
-"""Which residual block trains best for its time: normalised weights, normalised activations, or neither.
+"""Which residual block trains best for its time: group norm, standardised weights, or neither.
 
     python benchmarks/blocks.py [--data-dir FOLDER] [--seconds 60]
 
@@ -7,6 +7,7 @@ share of the convolution peak, and SSIM on validation.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import keras
 import training
 import tyro
 from keras import layers, ops
@@ -31,25 +31,36 @@ class Options:
     steps: int = 10  # timed for each block; the median counts
 
 
-class GroupNormBlock(layers.Layer):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), group norm with 8 groups."""
+class StandardizedConv2D(layers.Layer):
+    """A 3 × 3 convolution whose kernel has zero mean and unit gain for each filter, times a learned gain
+    (Qiao et al. 2019, "Weight Standardization"; the scale is that of Brock et al. 2021, equation 1)."""
 
     def __init__(self, filters: int, **kwargs):
         super().__init__(**kwargs)
-        convolution = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"}
-        self.stack = keras.Sequential(
-            [
-                layers.GroupNormalization(8),
-                layers.ReLU(),
-                layers.Conv2D(filters, **convolution),
-                layers.GroupNormalization(8),
-                layers.ReLU(),
-                layers.Conv2D(filters, **convolution),
-            ]
-        )
+        self.filters = filters
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(3, 3, input_shape[-1], self.filters), initializer="he_normal")
+        self.gain = self.add_weight(shape=(self.filters,), initializer="ones")
+        self.bias = self.add_weight(shape=(self.filters,), initializer="zeros")
 
     def call(self, inputs):
-        return inputs + self.stack(inputs)
+        fan_in = math.prod(self.kernel.shape[:-1])
+        mean, variance = ops.moments(self.kernel, axes=(0, 1, 2), keepdims=True)
+        kernel = (self.kernel - mean) * self.gain * ops.rsqrt(fan_in * variance + 1e-4)
+        return ops.conv(inputs, kernel, padding="same") + self.bias
+
+
+class StandardizedBlock(layers.Layer):
+    """x + a · conv(relu(conv(relu(x)))), kernels standardised, a from zero (De & Smith 2020, SkipInit)."""
+
+    def __init__(self, filters: int, **kwargs):
+        super().__init__(**kwargs)
+        self.inner, self.outer = StandardizedConv2D(filters), StandardizedConv2D(filters)
+        self.scale = self.add_weight(shape=(), initializer="zeros")
+
+    def call(self, inputs):
+        return inputs + self.scale * self.outer(ops.relu(self.inner(ops.relu(inputs))))
 
 
 class BareBlock(layers.Layer):
@@ -64,7 +75,7 @@ class BareBlock(layers.Layer):
         return inputs + self.outer(ops.relu(self.inner(ops.relu(inputs))))
 
 
-BLOCKS = {"weights standardised": model.ResidualBlock, "group norm": GroupNormBlock, "neither": BareBlock}
+BLOCKS = {"group norm": model.ResidualBlock, "standardised weights": StandardizedBlock, "neither": BareBlock}
 
 
 def make_network(block: type, config: driver.Config, slices: dict) -> model.VQVAE:
