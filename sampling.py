@@ -73,9 +73,10 @@ def restrict(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.
 def choose(logits, uniforms):
     """Draw from softmax(logits) by inverting the cumulative distribution: (B, K), (B,) in [0, 1) to (B,) int32."""
     cumulative = ops.cumsum(ops.softmax(logits), axis=-1)
-    below = cumulative <= uniforms[:, None] * cumulative[:, -1:]
-    chosen = ops.sum(ops.cast(below, "int32"), axis=-1)
-    return ops.minimum(chosen, logits.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    # the second condition keeps a number that rounds to 1 from going past the last possible code
+    below = (cumulative <= uniforms[:, None] * total) & (cumulative < total)
+    return ops.sum(ops.cast(below, "int32"), axis=-1)
 
 
 def incremental(prior: model.PixelCNN, positions, inputs, pick):
@@ -139,13 +140,13 @@ def _plain_walk(prior, positions, inputs, pick):
     """`incremental` for the plain prior: what all rows above give comes a row at a time, the rest by position."""
     (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(positions)[0]
     condition = prior.condition(positions)
-    conditions = [prior.place, *[block.condition(condition)[:, None] for block in blocks]]
+    conditions = [block.condition(condition)[:, None] for block in blocks]  # (B, 1, filters / 2)
     layers = [prior.first, *[block.masked for block in blocks]]
 
     def next_row(windows, row_inputs):
         row_inputs, place = row_inputs
         above = [layer.row(window) for layer, window in zip(layers, windows, strict=True)]  # (B, w, …)
-        entering = [a + given for a, given in zip(above, [place, *conditions[1:]], strict=True)]
+        entering = [a + given for a, given in zip(above, [place, *conditions], strict=True)]
 
         def next_cell(cells, cell_inputs):
             cell_inputs, first, *above = cell_inputs

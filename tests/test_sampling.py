@@ -62,8 +62,10 @@ def test_draws_follow_the_distribution():
     assert shares[1] == 0
 
 
-def test_the_largest_number_draws_the_last_code():
-    assert int(sampling.choose(np.zeros((1, 4), np.float32), np.array([1.0], np.float32))[0]) == 3
+def test_the_largest_number_draws_the_last_possible_code():
+    one = np.array([1.0], np.float32)
+    assert int(sampling.choose(np.zeros((1, 4), np.float32), one)[0]) == 3
+    assert int(sampling.choose(np.array([[0, 0, -1e9, -1e9]], np.float32), one)[0]) == 1
 
 
 def kept(logits, **limits) -> list[int]:
