@@ -37,11 +37,11 @@ def draw(
     positions = np.asarray(positions, np.int32)
     # One number in [0, 1) for each code to draw. Drawn ahead, they do not depend on how the grids are batched.
     uniforms = np.random.default_rng(seed).random((len(positions), height * width), np.float32)
-    draw_batch = compiled(lambda u, p: draw_batch(prior, u, p, temperature, top_k, top_p))
+    draw_next = compiled(lambda u, p: draw_batch(prior, u, p, temperature, top_k, top_p))
     codes = []
     for start in range(0, len(positions), batch_size):
         batch = slice(start, start + batch_size)
-        codes.append(ops.convert_to_numpy(draw_batch(uniforms[batch], positions[batch])))
+        codes.append(ops.convert_to_numpy(draw_next(uniforms[batch], positions[batch])))
         if progress:
             progress(len(codes[-1]))
     return np.concatenate(codes).reshape(-1, height, width)
@@ -224,7 +224,7 @@ def compiled(function):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, reduce_retracing=True)
+        return tf.function(function, reduce_retracing=True, autograph=False)
     if keras.backend.backend() == "jax":
         import jax
 

@@ -76,7 +76,7 @@ def convolution_peak() -> float:
         images = tf.random.normal((32, size, size, channels))
         kernel = tf.random.normal((3, 3, channels, channels))
 
-        @tf.function
+        @tf.function(autograph=False)
         def step(images, kernel):
             with tf.GradientTape() as tape:
                 tape.watch((images, kernel))
@@ -104,7 +104,7 @@ def timed(run, times: int) -> list[float]:
 def step_operations(network: keras.Model, x, y) -> int:
     """Floating-point operations of all convolutions and matrix products in the graph of a training step."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def step():
         with tf.GradientTape() as tape:
             predicted = network(x, training=True)
