@@ -134,7 +134,9 @@ def check(config: Config) -> None:
     require("image_size", lambda v: v >= 16, "at least 16 (SSIM's window is 11 pixels wide)")
     require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd, and at least 3")
     if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
-        raise ConfigError(f"mse_weight is {config.mse_weight}: one of mse_weight, l1_weight and ssim_weight must be positive")
+        raise ConfigError(
+            f"mse_weight is {config.mse_weight}: one of mse_weight, l1_weight and ssim_weight must be positive"
+        )
     if config.sample_positions and not config.prior_uses_position:
         raise ConfigError("sample_positions is set: needs prior_uses_position, else the prior cannot follow it")
     grid, first = config.image_size // config.downsampling, model.PixelCNN.FIRST_KERNEL
