@@ -102,19 +102,19 @@ def samples(path: Path, images: np.ndarray, positions, note: str = "") -> None:
     _save(figure, path)
 
 
-def samples_by_position(path: Path, real: np.ndarray, drawn: np.ndarray, positions, note: str = "") -> None:
-    """One column for each slice position: a real test slice above samples drawn for that position.
+def samples_by_position(path: Path, originals: np.ndarray, drawn: np.ndarray, positions, note: str = "") -> None:
+    """One column for each slice position: a test slice above samples drawn for that position.
 
-    real (P, H, W, 1), drawn (P, S, H, W, 1), positions (P,).
+    originals (P, H, W, 1), drawn (P, S, H, W, 1), positions (P,).
     """
     columns, rows = drawn.shape[:2]
     figure = _figure(1.35 * columns + 0.4, 1.4 * (rows + 1) + 0.7, "New brains by slice position", note)
     grid = figure.subplots(rows + 1, columns, squeeze=False)
     for column in range(columns):
-        _image(grid[0, column], real[column], title=f"slice {positions[column]}")
+        _image(grid[0, column], originals[column], title=f"slice {positions[column]}")
         for row in range(rows):
             _image(grid[row + 1, column], drawn[column, row])
-    grid[0, 0].set_ylabel("real")
+    grid[0, 0].set_ylabel("test slice")
     for axes in grid[1:, 0]:
         axes.set_ylabel("new")
     _save(figure, path)
