@@ -10,7 +10,8 @@ of 64, 128 or 256 channels. Then both autoencoders train from scratch until SSIM
 building the graph and measuring SSIM do not count.
 
 The student model is the common one: three 3 × 3 convolutions of stride 2 with 32, 64 and 128 channels, a codebook
-of 128 codes of 16 dimensions trained by gradients, the mirrored decoder, MSE over the variance, batch 128.
+of 128 codes of 16 dimensions trained by gradients, the mirrored decoder, MSE over the variance, batch 128, slices
+scaled to −0.5 … 0.5.
 """
 
 import json
@@ -63,7 +64,8 @@ class Student(keras.Model):
         self.decoder.build((None, *self.encoder.output_shape[1:]))
 
     def call(self, images, training=False):
-        return self.decoder(self.quantizer(self.encoder(images), training=training)[0])
+        # that work scales slices to −0.5 … 0.5
+        return self.decoder(self.quantizer(self.encoder(images - 0.5), training=training)[0]) + 0.5
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return ops.mean(ops.square(x - y_pred)) / self.data_variance + sum(self.losses)
