@@ -33,6 +33,7 @@ import dataset
 import metrics
 import model
 import plots
+import report
 import sampling
 
 PROJECT_VERSION = "0.1.0"
@@ -91,11 +92,16 @@ PICTURES = (
     "vqvae_loss.png",
     "prior_loss.png",
     "ssim.png",
-    "codebook.png",
+    "code_usage.png",
     "reconstructions.png",
+    "worst.png",
+    "by_position.png",
+    "power_spectrum.png",
     "codes.png",
+    "codebook.png",
     "samples.png",
     "samples_by_position.png",
+    "copies.png",
 )
 
 
@@ -176,9 +182,24 @@ def main(config: Config) -> dict:
     codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
     prior = train_prior(config, run, codes, slices)
     draw_samples(config, run, vqvae, prior, slices)
-    measure(config, run, vqvae, prior, codes["test"], slices["test"])
-    draw_pictures(config, run, vqvae, prior, codes["test"], slices)
+    made = Made(
+        validate=decode(vqvae, codes["validate"], config.batch_size),
+        test=decode(vqvae, codes["test"], config.batch_size),
+        drawn=decode(vqvae, np.load(run.folder / "samples" / "measured_codes.npy"), config.batch_size),
+    )
+    measure(config, run, prior, codes["test"], slices, made)
+    draw_pictures(config, run, vqvae, prior, codes["test"], slices, made)
+    write_report(config, run)
     return run.finish()
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images (N, H, W, 1) float32 in [0, 1] that the decoder makes, for the numbers and the pictures."""
+
+    validate: np.ndarray  # reconstructions of the validation split
+    test: np.ndarray  # reconstructions of the test split
+    drawn: np.ndarray  # new brains, as many as test slices and at their positions
 
 
 def make_vqvae(config: Config, train: dataset.Slices) -> model.VQVAE:
@@ -341,7 +362,7 @@ def draw_codes(config: Config, prior: model.PixelCNN, positions: np.ndarray, nam
 
 
 def draw_samples(config: Config, run: "Run", vqvae, prior, slices: dict[str, dataset.Slices]) -> None:
-    """New brains: samples/codes.npy and one PNG each."""
+    """New brains: samples/codes.npy and one PNG each; and the codes of those that are measured."""
     folder = run.folder / "samples"
     if folder.exists():
         return
@@ -353,6 +374,9 @@ def draw_samples(config: Config, run: "Run", vqvae, prior, slices: dict[str, dat
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     np.save(unfinished / "codes.npy", codes)
+    np.save(
+        unfinished / "measured_codes.npy", draw_codes(config, prior, slices["test"].positions, "samples to be measured")
+    )
     for i, (image, position) in enumerate(zip(images, positions, strict=True)):
         grey = (image[..., 0] * 255).round().astype(np.uint8)
         Image.fromarray(grey).save(unfinished / f"sample_{i:03d}_slice_{position}.png")
@@ -366,64 +390,121 @@ def sample_positions(config: Config, train_positions: np.ndarray) -> np.ndarray:
     return np.random.default_rng([config.seed, 1]).choice(train_positions, config.num_samples).astype(np.int32)
 
 
-def measure(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, test: dataset.Slices) -> None:
-    """metrics.json: numbers over the whole test split."""
+def measure(config: Config, run: "Run", prior, codes: np.ndarray, slices: dict, made: Made) -> None:
+    """metrics.json: numbers over the whole test split, and of as many new brains."""
     if run.metrics_path.exists():
         return
-    print("measuring on the test split")
-    prior.compile()
-    cross_entropy = prior.evaluate(
-        dataset.code_batches(codes, test.positions, config.batch_size), return_dict=True, verbose=0
-    )
+    print("measuring reconstructions, codes and likelihood on the test split")
+    train, validate, test = (slices[split] for split in dataset.SPLITS)
+    prior_numbers = measure_prior(config, prior, codes, test)
     numbers = {
         "test_slices": len(test),
         "test_people": len(set(test.cases)),
-        **metrics.reconstruction_metrics(
-            (dataset.to_float(image) for image in test.images), decode(vqvae, codes, config.batch_size)
-        ),
+        **metrics.reconstruction_metrics(test.images, made.test, test.positions, test.cases, config.seed),
         **metrics.code_metrics(codes, config.num_embeddings),
-        **metrics.prior_metrics(cross_entropy["loss"], codes[0].size),
+        **prior_numbers,
+        **metrics.likelihood_metrics(
+            (validate.images, made.validate), (test.images, made.test), prior_numbers["prior_bits_per_image"]
+        ),
     }
-    write_text(run.metrics_path, json.dumps(numbers, indent=2) + "\n")
+    print(f"measuring {len(made.drawn)} new brains against the test split (some minutes)")
+    numbers["samples"] = metrics.sample_metrics(made.drawn, made.test, test, train, config.seed)
+    write_text(run.metrics_path, json.dumps(without_nan(numbers), indent=2, allow_nan=False) + "\n")
 
 
-def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, slices: dict) -> None:
+def measure_prior(config: Config, prior: model.PixelCNN, codes: np.ndarray, test: dataset.Slices) -> dict[str, float]:
+    """What the prior needs for the test split's codes."""
+    prior.compile()
+    batches = dataset.code_batches(codes, test.positions, config.batch_size)
+    return metrics.prior_metrics(prior.evaluate(batches, return_dict=True, verbose=0)["loss"], codes[0].size)
+
+
+def without_nan(numbers):
+    """Nested numbers with None in place of NaN, which JSON does not know."""
+    if isinstance(numbers, dict):
+        return {key: without_nan(value) for key, value in numbers.items()}
+    if isinstance(numbers, list):
+        return [without_nan(value) for value in numbers]
+    return None if isinstance(numbers, float) and np.isnan(numbers) else numbers
+
+
+def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, slices: dict, made: Made) -> None:
     """images/: all pictures that are missing."""
     print("drawing pictures")
-    folder, note, test = run.folder / "images", run.note, slices["test"]
+    folder, note, train, test = run.folder / "images", run.note, slices["train"], slices["test"]
+    numbers = run.read_metrics()
     history = {stage: [row for row in run.history if row["stage"] == stage] for stage in STAGES}
-    shown = np.unique(np.linspace(0, len(test) - 1, min(8, len(test))).astype(int))
+    shown = np.unique(np.linspace(0, len(test) - 1, min(10, len(test))).astype(int))
     shown = np.argsort(test.positions, kind="stable")[shown]  # spread over the positions
     originals, positions = dataset.to_float(test.images[shown]), test.positions[shown]
     embeddings = keras.ops.convert_to_numpy(vqvae.quantizer.embeddings)
 
+    def worst(path: Path) -> None:
+        rows = numbers["worst_slices"]
+        index = [row["index"] for row in rows]
+        labels = [f"{row['case']} slice {row['position']}\nbrain SSIM {row['ssim_brain'] or 0:.2f}" for row in rows]
+        title = f"The {len(rows)} test slices with the lowest brain SSIM"
+        plots.reconstructions(path, dataset.to_float(test.images[index]), made.test[index], labels, note, title)
+
+    def power_spectrum(path: Path) -> None:
+        sets = {
+            "test slices": dataset.to_float(test.images),
+            "their reconstructions": made.test,
+            "new brains": made.drawn,
+        }
+        spectra = {name: metrics.power_spectrum(images) for name, images in sets.items()}
+        plots.power_spectrum(path, spectra, numbers["half_power_frequency"], note)
+
     def new_brains(path: Path) -> None:
         drawn = decode(vqvae, np.load(run.folder / "samples" / "codes.npy"), config.batch_size)
-        plots.samples(path, drawn, sample_positions(config, slices["train"].positions), note)
+        plots.samples(path, drawn, sample_positions(config, train.positions), note)
 
     def by_position(path: Path) -> None:
-        train_positions, rows = np.unique(slices["train"].positions), 4
+        train_positions, rows = np.unique(train.positions), 4
         chosen = train_positions[np.unique(np.linspace(0, len(train_positions) - 1, 8).astype(int))]
         nearest = [int(np.argmin(np.abs(test.positions - position))) for position in chosen]
         drawn = decode(vqvae, draw_codes(config, prior, np.repeat(chosen, rows), "more samples"), config.batch_size)
         drawn = drawn.reshape(len(chosen), rows, *drawn.shape[1:])
         plots.samples_by_position(path, dataset.to_float(test.images[nearest]), drawn, chosen, note)
 
+    def copies(path: Path) -> None:
+        rows = numbers["samples"]["nearest_to_training"]
+        labels = [f"slice {test.positions[row['index']]}, r.m.s. {row['distance']:.3f}" for row in rows]
+        nearest = dataset.to_float(train.images[[row["train_index"] for row in rows]])
+        plots.copies(path, made.drawn[[row["index"] for row in rows]], nearest, labels, note)
+
     pictures = {
         "vqvae_loss.png": lambda path: plots.vqvae_loss(path, history["vqvae"], note),
         "prior_loss.png": lambda path: plots.prior_loss(path, history["prior"], config.num_embeddings, note),
         "ssim.png": lambda path: plots.ssim(path, history["vqvae"], note),
-        "codebook.png": lambda path: plots.codebook(path, history["vqvae"], config.num_embeddings, note),
+        "code_usage.png": lambda path: plots.code_usage(path, history["vqvae"], config.num_embeddings, note),
         "reconstructions.png": lambda path: plots.reconstructions(
-            path, originals, decode(vqvae, codes[shown], config.batch_size), positions, note
+            path, originals, made.test[shown], [f"slice {position}" for position in positions], note
         ),
+        "worst.png": worst,
+        "by_position.png": lambda path: plots.by_position(path, numbers["by_position"], note),
+        "power_spectrum.png": power_spectrum,
         "codes.png": lambda path: plots.codes(path, originals, codes[shown], embeddings, positions, note),
+        "codebook.png": lambda path: plots.codebook(path, codes, made.test, config.num_embeddings, note),
         "samples.png": new_brains,
         "samples_by_position.png": by_position,
+        "copies.png": copies,
     }
     for name in PICTURES:
         if not (folder / name).exists():
             pictures[name](folder / name)
+
+
+def write_report(config: Config, run: "Run") -> None:
+    """report.html, from what stands in the run folder."""
+    report.write(
+        run.folder / "report.html",
+        run.folder.name,
+        _constants(config),
+        run.read_metrics(),
+        run.history,
+        run.note,
+    )
 
 
 # ------------------------------------------------------------------------------------------ the run folder
@@ -468,7 +549,7 @@ class Run:
 
     def is_complete(self) -> bool:
         """Whether every file is there, made with these constants."""
-        wanted = ["config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "samples"]
+        wanted = ["config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "samples", "report.html"]
         wanted += [f"images/{name}" for name in PICTURES]
         return not self.sampling_differs and all((self.folder / name).exists() for name in wanted)
 
@@ -480,9 +561,10 @@ class Run:
             raise ConfigError(f"run_dir is {self.folder}: cannot be made ({error.strerror}); choose another") from error
         if self.sampling_differs:
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
-            for name in ("samples.png", "samples_by_position.png"):
+            for name in ("samples.png", "samples_by_position.png", "power_spectrum.png", "copies.png"):
                 (self.folder / "images" / name).unlink(missing_ok=True)
-        packages = ("tensorflow", "keras", "numpy", "scikit-image", "matplotlib")
+            self.metrics_path.unlink(missing_ok=True)
+        packages = ("tensorflow", "tensorflow-probability", "keras", "numpy", "scikit-image", "matplotlib")
         versions = {"project": PROJECT_VERSION, "python": platform.python_version(), "backend": keras.backend.backend()}
         versions |= {name: version(name) for name in packages}
         text = json.dumps({"constants": _constants(self.config), "versions": versions}, indent=2)
@@ -501,23 +583,21 @@ class Run:
             writer.writerows(self.history)
         unfinished.replace(self.folder / "history.csv")
 
+    def read_metrics(self) -> dict:
+        """What stands in metrics.json."""
+        return json.loads(self.metrics_path.read_text())
+
     def finish(self) -> dict:
         """Print where things are and the main numbers; returns them."""
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        numbers = json.loads(self.metrics_path.read_text())
-        n = numbers
+        n = self.read_metrics()
         minutes = {stage: sum(row["seconds"] for row in self.history if row["stage"] == stage) / 60 for stage in STAGES}
-        print(
-            f"\n{self.note or 'real slices'}; test split: {n['test_slices']} slices of {n['test_people']} people\n"
-            f"  reconstruction  SSIM {n['ssim']:.3f}   brain {n['ssim_brain']:.3f}   PSNR {n['psnr_db']:.1f} dB\n"
-            f"  codes           {n['codes_used']:.1%} used   perplexity {n['perplexity']:.0f}"
-            f" of {self.config.num_embeddings}\n"
-            f"  prior           {n['prior_nats_per_code']:.3f} nats = {n['prior_bits_per_code']:.3f} bits a code,"
-            f" {n['prior_bits_per_image']:.0f} bits an image\n"
-            f"  training        {minutes['vqvae']:.1f} + {minutes['prior']:.1f} minutes"
-        )
-        print(f"pictures in {self.folder / 'images'}, new brains in {self.folder / 'samples'}")
-        return numbers
+        print(f"\n{self.note or 'real slices'}; test split: {n['test_slices']} slices of {n['test_people']} people")
+        for finding in report.findings(_constants(self.config), n, self.history):
+            print(f"  {finding.title}: {finding.says}")
+        print(f"  Training took {minutes['vqvae']:.1f} + {minutes['prior']:.1f} minutes.")
+        print(f"read {self.folder / 'report.html'}; pictures are in images/, new brains in samples/ beside it")
+        return n
 
 
 def _constants(config: Config) -> dict:

@@ -1,5 +1,6 @@
 """Every picture. Each function writes one PNG; `note` goes into its title, to say what data it shows."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +28,7 @@ def ssim(path: Path, history: list[dict], note: str = "") -> None:
     _save(figure, path)
 
 
-def codebook(path: Path, history: list[dict], num_embeddings: int, note: str = "") -> None:
+def code_usage(path: Path, history: list[dict], num_embeddings: int, note: str = "") -> None:
     """Share of the codes used and perplexity by epoch."""
     figure = _figure(9, 3.4, f"Use of the {num_embeddings} codes", note)
     used, perplexity = figure.subplots(1, 2)
@@ -37,6 +38,41 @@ def codebook(path: Path, history: list[dict], num_embeddings: int, note: str = "
     perplexity.axhline(num_embeddings, color="grey", linestyle=":", label="all codes alike")
     perplexity.set(xlabel="epoch", ylabel="perplexity", ylim=(0, None))
     perplexity.legend()
+    _save(figure, path)
+
+
+def codebook(path: Path, indices: np.ndarray, decoded: np.ndarray, num_embeddings: int, note: str = "") -> None:
+    """What each code decodes to: the mean of the decoded images around the places where it stands.
+
+    A code means nothing alone: the decoder reads it among its neighbours. So each tile is the mean over up to 200
+    places, the code's own pixels in the middle and half as many again on each side.
+
+    indices (N, h, w), decoded (N, H, W, 1) in [0, 1], the images that the decoder made of them.
+    """
+    counts = np.bincount(indices.ravel(), minlength=num_embeddings)
+    order = [code for code in np.argsort(-counts, kind="stable") if counts[code]]
+    cell = decoded.shape[1] // indices.shape[1]
+    margin = cell // 2
+    padded = np.pad(decoded[..., 0], ((0, 0), (margin, margin), (margin, margin)))
+    size, columns = cell + 2 * margin, int(np.ceil(np.sqrt(2 * len(order))))
+    step = size + max(size // 8, 1)
+    sheet = np.ones((-(-len(order) // columns) * step, columns * step))
+    places = np.argsort(indices.ravel(), kind="stable")  # all places of a code lie together
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    for i, code in enumerate(order):
+        chosen = places[starts[code] : starts[code + 1]]
+        chosen = chosen[:: -(-len(chosen) // 200)]
+        n, row, column = np.unravel_index(chosen, indices.shape)
+        tiles = [padded[k, r : r + size, c : c + size] for k, r, c in zip(n, row * cell, column * cell, strict=True)]
+        top, left = i // columns * step, i % columns * step
+        sheet[top : top + size, left : left + size] = np.mean(tiles, axis=0)
+    title = (
+        f"What each of the {len(order)} codes in use decodes to, most used first, row by row ({cell} × {cell} pixels"
+    )
+    figure = _figure(11, 0.6 + 11 * sheet.shape[0] / sheet.shape[1], f"{title} and half as much around)", note)
+    axes = figure.subplots()
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    _bare(axes)
     _save(figure, path)
 
 
@@ -51,21 +87,84 @@ def prior_loss(path: Path, history: list[dict], num_embeddings: int, note: str =
     _save(figure, path)
 
 
-def reconstructions(path: Path, originals: np.ndarray, decoded: np.ndarray, positions, note: str = "") -> None:
-    """Originals above reconstructions above the error; images (N, H, W, 1) in [0, 1], positions (N,)."""
-    count = len(originals)
-    figure = _figure(1.35 * count + 0.9, 4.6, "Test slices and their reconstructions", note)
-    grid = figure.subplots(3, count, squeeze=False)
+def reconstructions(
+    path: Path,
+    originals: np.ndarray,
+    decoded: np.ndarray,
+    labels: list[str],
+    note: str = "",
+    title: str = "Test slices and their reconstructions",
+) -> None:
+    """Originals above reconstructions above the error; images (N, H, W, 1) in [0, 1], a label for each."""
     error = (decoded - originals)[..., 0]
     limit = max(0.1, float(np.percentile(np.abs(error), 99.8)))
-    for i in range(count):
-        _image(grid[0, i], originals[i], title=f"slice {positions[i]}")
-        _image(grid[1, i], decoded[i])
-        shown = grid[2, i].imshow(error[i], cmap="RdBu_r", vmin=-limit, vmax=limit)
-        _bare(grid[2, i])
-    for axes, label in zip(grid[:, 0], ("original", "reconstruction", "error"), strict=True):
-        axes.set_ylabel(label)
-    figure.colorbar(shown, ax=list(grid[2]), fraction=0.02, pad=0.01)
+    figure, columns, grid = _columns(len(originals), ("original", "reconstruction", "error"), title, note)
+    for i, (original, reconstruction, difference) in enumerate(columns):
+        _image(original, originals[i], title=labels[i])
+        _image(reconstruction, decoded[i])
+        shown = difference.imshow(error[i], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        _bare(difference)
+    figure.colorbar(shown, ax=grid, fraction=0.03, pad=0.01, shrink=0.5)
+    _save(figure, path)
+
+
+def by_position(path: Path, rows: list[dict], note: str = "") -> None:
+    """Quality of reconstructions by slice position; rows as `by_position` of metrics.json."""
+    figure = _figure(9, 3.4, "Reconstructions by slice position, means over test slices", note)
+    similarity, psnr = figure.subplots(1, 2)
+    positions = [row["position"] for row in rows]
+    for name, label in (("ms_ssim", "MS-SSIM"), ("ssim", "SSIM"), ("ssim_brain", "SSIM, brain only")):
+        values = [math.nan if row[name] is None else row[name] for row in rows]
+        similarity.plot(positions, values, label=label, marker=".")
+    similarity.set(xlabel="slice position", ylabel="similarity")
+    similarity.legend()
+    psnr.plot(positions, [row["psnr_db"] for row in rows], marker=".")
+    psnr.set(xlabel="slice position", ylabel="PSNR, dB")
+    for axes in (similarity, psnr):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def power_spectrum(path: Path, spectra: dict[str, np.ndarray], half_power: float, note: str = "") -> None:
+    """Radially averaged power of several sets of images, {name: (S // 2,)}; a line where half the power is lost."""
+    figure = _figure(6.5, 4.2, "Sharpness: power by spatial frequency", note)
+    axes = figure.subplots()
+    for name, power in spectra.items():
+        axes.plot(np.arange(1, len(power) + 1) / (2 * len(power)), power, label=name)
+    axes.axvline(half_power, color="grey", linestyle=":", label=f"half the power up to {half_power:.2f}")
+    axes.set(xlabel="cycles a pixel", ylabel="power", xscale="log", yscale="log")
+    axes.legend()
+    _save(figure, path)
+
+
+def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
+    """What reconstructions are worth against what they cost: a line for each codebook size, a point for each grid.
+
+    Each row has `grid`, `num_embeddings`, `prior_bits_per_image`, `ssim`, `ssim_brain` and `psnr_db`.
+    """
+    figure = _figure(11, 4, "Rate and distortion on the test split", note)
+    measures = {"ssim": "SSIM", "ssim_brain": "SSIM, brain only", "psnr_db": "PSNR, dB"}
+    for axes, (name, label) in zip(figure.subplots(1, 3), measures.items(), strict=True):
+        for size in sorted({row["num_embeddings"] for row in rows}):
+            line = sorted((r for r in rows if r["num_embeddings"] == size), key=lambda row: row["prior_bits_per_image"])
+            bits, values = [row["prior_bits_per_image"] for row in line], [row[name] for row in line]
+            axes.plot(bits, values, marker="o", label=f"{size} codes")
+            for row, x, y in zip(line, bits, values, strict=True):
+                axes.annotate(
+                    f"{row['grid']} × {row['grid']}", (x, y), (4, -10), textcoords="offset points", fontsize=7
+                )
+        axes.set(xlabel="bits an image, by the prior", ylabel=label, xscale="log")
+        axes.legend()
+    _save(figure, path)
+
+
+def copies(path: Path, drawn, nearest, labels: list[str], note: str = "") -> None:
+    """New brains above the training slices nearest to them; both (N, H, W, 1) in [0, 1], a label for each."""
+    title = "The new brains nearest to a training slice, and that slice"
+    figure, columns, _ = _columns(len(drawn), ("new", "training slice"), title, note)
+    for i, (above, below) in enumerate(columns):
+        _image(above, drawn[i], title=labels[i])
+        _image(below, nearest[i])
     _save(figure, path)
 
 
@@ -124,6 +223,28 @@ def _figure(width: float, height: float, title: str, note: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(f"{title}\n{note}" if note else title, fontsize=11)
     return figure
+
+
+def _columns(count: int, rows: tuple[str, ...], title: str, note: str, across: int = 5):
+    """Axes for `count` columns of pictures, as many rows each; what does not fit beside goes below.
+
+    Returns the figure, the axes of each column from above, and all axes as one array.
+    """
+    across = min(count, across)
+    deep = -(-count // across) * len(rows)
+    figure = _figure(1.9 * across + 0.6, 1.95 * deep + 0.8, title, note)
+    grid = figure.subplots(deep, across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    columns = []
+    for i in range(count):
+        top = i // across * len(rows)
+        columns.append(list(grid[top : top + len(rows), i % across]))
+        for axes, label in zip(columns[-1], rows, strict=True):
+            axes.set_axis_on()
+            if i % across == 0:
+                axes.set_ylabel(label)
+    return figure, columns, grid
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import driver
 import phantom
+import report
 
 ROOT = Path(driver.__file__).parent
 
@@ -58,6 +59,7 @@ def test_a_run_leaves_every_file(finished):
         "prior.keras",
         "history.csv",
         "metrics.json",
+        "report.html",
         "images",
         "samples",
         "logs",
@@ -90,13 +92,22 @@ def test_history_has_a_row_an_epoch(finished):
     assert all(float(rows[2][name]) for name in ("loss", "val_loss", "bits_per_code", "seconds", "learning_rate"))
 
 
-def test_metrics_are_plain_numbers(finished):
-    numbers = json.loads((finished.run_dir / "metrics.json").read_text())
-    assert {"ssim", "ssim_brain", "psnr_db", "codes_used", "perplexity", "prior_bits_per_code"} <= numbers.keys()
-    assert all(isinstance(value, int | float) for value in numbers.values())
+def test_metrics_hold_every_number(finished):
+    numbers = json.loads((finished.run_dir / "metrics.json").read_text(), parse_constant=pytest.fail)
+    plain = {"ssim", "ssim_brain", "ms_ssim", "psnr_db", "mae", "codes_used", "perplexity", "prior_bits_per_code"}
+    plain |= {"bits_per_dimension", "prior_bits_per_dimension", "decoder_bits_per_dimension", "half_power_frequency"}
+    assert all(isinstance(numbers[name], int | float) for name in plain)
     assert 0 < numbers["codes_used"] <= 1
     assert numbers["prior_bits_per_image"] == pytest.approx(16 * numbers["prior_bits_per_code"])
-    assert numbers["test_slices"] == 4
+    assert numbers["prior_bits_per_dimension"] == pytest.approx(numbers["prior_bits_per_image"] / 32**2)
+    assert numbers["test_slices"] == numbers["samples"]["count"] == 4
+    assert np.load(finished.run_dir / "samples" / "measured_codes.npy").shape == (4, 4, 4)
+
+
+def test_the_report_shows_every_picture(finished):
+    assert set(report.CAPTIONS) == set(driver.PICTURES)
+    page = (finished.run_dir / "report.html").read_text()
+    assert page.count("<figure>") == len(driver.PICTURES)
 
 
 def test_samples_are_grey_pngs_of_the_image_size(finished):

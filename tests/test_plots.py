@@ -16,9 +16,31 @@ HISTORY = [
 PICTURES = {
     "vqvae_loss": lambda path: plots.vqvae_loss(path, HISTORY, "note"),
     "ssim": lambda path: plots.ssim(path, HISTORY),
-    "codebook": lambda path: plots.codebook(path, HISTORY, 16),
+    "code_usage": lambda path: plots.code_usage(path, HISTORY, 16),
+    "codebook": lambda path: plots.codebook(path, RNG.integers(0, 9, (6, 2, 2)), IMAGES, 16),
     "prior_loss": lambda path: plots.prior_loss(path, HISTORY[:1], 16),
-    "reconstructions": lambda path: plots.reconstructions(path, IMAGES, IMAGES[::-1], POSITIONS),
+    "reconstructions": lambda path: plots.reconstructions(path, IMAGES, IMAGES[::-1], list("abcdef")),
+    "one reconstruction": lambda path: plots.reconstructions(path, IMAGES[:1], IMAGES[1:2], ["a"], "", "title"),
+    "by_position": lambda path: plots.by_position(
+        path, [{"position": p, "ssim": 0.9, "ssim_brain": None, "ms_ssim": 0.9, "psnr_db": 20 + p} for p in (1, 2)]
+    ),
+    "power_spectrum": lambda path: plots.power_spectrum(path, {"real": np.ones(8), "new": np.ones(8) / 2}, 0.3),
+    "rate_distortion": lambda path: plots.rate_distortion(
+        path,
+        [
+            {
+                "grid": g,
+                "num_embeddings": k,
+                "prior_bits_per_image": g * k,
+                "ssim": 0.9,
+                "ssim_brain": 0.8,
+                "psnr_db": 9,
+            }
+            for g in (6, 12)
+            for k in (64, 512)
+        ],
+    ),
+    "copies": lambda path: plots.copies(path, IMAGES, IMAGES[::-1], list("abcdef")),
     "codes": lambda path: plots.codes(
         path, IMAGES, RNG.integers(0, 16, (6, 2, 2)), RNG.normal(size=(16, 4)), POSITIONS
     ),
@@ -46,3 +68,19 @@ def test_like_codes_have_like_colours():
     assert colours.shape == (4, 3)
     assert 0 <= colours.min() <= colours.max() <= 1
     assert np.linalg.norm(colours[0] - colours[1]) < np.linalg.norm(colours[0] - colours[3])
+
+
+def test_a_code_is_shown_as_what_is_decoded_where_it_stands(tmp_path, monkeypatch):
+    indices = np.array([[[0, 1], [1, 1]]])  # code 1 three times, so it comes first
+    images = np.zeros((1, 16, 16, 1))
+    images[0, :8, :8] = 0.25
+    shown = []
+    monkeypatch.setattr(
+        plots, "_save", lambda figure, path: shown.append(np.asarray(figure.axes[0].images[0].get_array()))
+    )
+    plots.codebook(tmp_path / "x.png", indices, images, 4)
+    sheet = shown[0]
+    middle = slice(6, 10)
+    assert sheet[middle, middle] == pytest.approx(0)  # code 1
+    size = 16 + 2
+    assert sheet[middle, size + 6 : size + 10] == pytest.approx(0.25)  # code 0
