@@ -386,15 +386,21 @@ def augment(images: tf.Tensor, seed: tuple[int, int]) -> tf.Tensor:
 
 
 def code_batches(
-    codes: np.ndarray, positions: np.ndarray, batch_size: int, seed: int | None = None, first_epoch: int = 0
+    codes: np.ndarray,
+    positions: np.ndarray,
+    batch_size: int,
+    seed: int | None = None,
+    first_epoch: int = 0,
+    coarse: np.ndarray | None = None,
 ) -> tf.data.Dataset:
-    """Batches for training a prior: ((codes, positions), codes), otherwise as `image_batches`.
+    """Batches for training a prior: ((codes, positions[, coarse]), codes), otherwise as `image_batches`.
 
     Args:
         codes: (N, h, w) int32 code indices. positions: (N,) int32 slice positions.
+        coarse: (N, h', w') int32 codes of the coarser level, for a prior that is told them.
     """
-    batches = _batches((codes, positions), batch_size, seed, first_epoch)
-    return batches.map(lambda codes, positions: ((codes, positions), codes)).prefetch(2)
+    arrays = (codes, positions) if coarse is None else (codes, positions, coarse)
+    return _batches(arrays, batch_size, seed, first_epoch).map(lambda *batch: (batch, batch[0])).prefetch(2)
 
 
 def steps_per_epoch(num_slices: int, batch_size: int) -> int:

@@ -11,6 +11,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty where there is no GPU
 
+import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -44,13 +46,16 @@ class Config:
     """Every constant. Edit them here or pass them, as in --image-size 128."""
 
     data_dir: Path | None = None  # folder of OASIS PNG slices; None makes synthetic ones
-    run_dir: Path | None = None  # where everything of this run goes; None: runs/oasis96, or runs/synthetic96
+    name: str = "oasis96"  # of the run: a preset's, or your own
+    run_dir: Path | None = (
+        None  # where everything of this run goes; None: runs/ and the name, "-synthetic" without data
+    )
     seed: int = 0  # fixes initial weights, shuffles, restarts, dropout, samples and synthetic people
 
     image_size: int = 96  # height and width in pixels; slices are resized to it
-    downsampling: int = 8  # pixels that a code's side stands for: 2, 4, 8, …; 96 / 8 makes 12 × 12 codes
+    grids: tuple[int, ...] = (12,)  # side of each level's code grid, one or two, the coarsest first, as in 32 64
     channels: int = 64  # of the encoder's first convolution; coarser resolutions have twice as many
-    residual_blocks: int = 2  # at the code grid, in encoder and decoder; half as many at twice its resolution
+    residual_blocks: int = 2  # at a code grid, in encoder and decoder; half as many at twice its resolution
     num_embeddings: int = 512  # K: codes in the codebook
     embedding_dim: int = 32  # D: length of a code
     codebook: Literal["ema", "gradient"] = "ema"  # codes follow moving averages, or the loss of equation 3
@@ -62,13 +67,15 @@ class Config:
     ssim_weight: float = 1.0  # of 1 − SSIM
 
     augment: bool = True  # mirror, brighten, turn and stretch the slices that the VQ-VAE trains on
-    batch_size: int = 16  # slices in a training step, both stages
+    batch_size: int = 16  # slices in a training step, all stages
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed is for GPUs and TPUs
     vqvae_epochs: int = 50  # at most
     vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
     vqvae_patience: int = 10  # epochs without a better validation reconstruction before stopping
 
     prior: Literal["gated", "plain"] = "gated"  # gated two-stack PixelCNN, or plain masked convolutions
-    prior_filters: int = 128  # channels
+    prior_filters: int = 128  # channels; of two levels, the top's
+    bottom_prior_filters: int = 64  # channels of the bottom's, which has several times as many codes to go through
     prior_blocks: int = 6  # residual blocks
     prior_kernel_size: int = 3  # of the blocks' masked convolutions, odd; the first is 7 × 7
     prior_dropout: float = 0.2  # share of a block's activations dropped in training
@@ -84,25 +91,102 @@ class Config:
     top_p: float = 1.0  # draw among the likeliest codes that hold this share of the probability
 
 
-STAGES = ("vqvae", "prior")
+@dataclass(frozen=True)
+class Preset:
+    """A configuration with a name, and what it is."""
+
+    config: Config
+    about: str
+
+
+def _preset(name: str, about: str, **constants) -> dict[str, Preset]:
+    return {name: Preset(Config(name=name, **constants), about)}
+
+
+# What all earlier systems share, where they differ from this one.
+_EARLIER = {"codebook": "gradient", "restart_below": 0.0, "augment": False, "l1_weight": 0.0, "ssim_weight": 0.0}
+
+PRESETS = {
+    **_preset("oasis96", "one level of 12 × 12 codes; 40 min on 2 cores, test SSIM 0.940 at 760 bits an image"),
+    **_preset(
+        "oasis128",
+        "two levels, 16 × 16 and 32 × 32, of 128 × 128 slices",
+        image_size=128,
+        grids=(16, 32),
+        channels=32,
+        vqvae_epochs=25,
+        prior_epochs=8,
+    ),
+    **_preset(
+        "oasis256",
+        "two levels, 32 × 32 and 64 × 64, of 256 × 256 slices",
+        image_size=256,
+        grids=(32, 64),
+        channels=32,
+        vqvae_epochs=8,
+        prior_epochs=3,
+    ),
+    **_preset(
+        "student96",
+        "as earlier work: 12 × 12 codes, 128 of 16 dimensions, no residual blocks, plain prior",
+        channels=32,
+        residual_blocks=0,
+        num_embeddings=128,
+        embedding_dim=16,
+        prior="plain",
+        **_EARLIER,
+    ),
+    **_preset(
+        "student256",
+        "as earlier work: 256 × 256, 64 × 64 codes, 128 of 32 dimensions, plain prior; not run here",
+        image_size=256,
+        grids=(64,),
+        channels=32,
+        residual_blocks=0,
+        num_embeddings=128,
+        embedding_dim=32,
+        prior="plain",
+        **_EARLIER,
+    ),
+    **_preset(
+        "residual256",
+        "as earlier work: 256 × 256, residual, 64 × 64 codes, 512 of 256 dimensions; not run here",
+        image_size=256,
+        grids=(64,),
+        embedding_dim=256,
+        **_EARLIER,
+    ),
+    **_preset(
+        "hierarchical256",
+        "as earlier work: 256 × 256, two levels of 32 × 32 and 64 × 64 codes, 128; not run here",
+        image_size=256,
+        grids=(32, 64),
+        num_embeddings=128,
+        **_EARLIER,
+    ),
+    **_preset(
+        "ssim256",
+        "as earlier work: 256 × 256, three down-samplings, residual blocks, SSIM loss, gated prior; not run here",
+        image_size=256,
+        grids=(32,),
+        **{**_EARLIER, "mse_weight": 0.0, "ssim_weight": 1.0},
+    ),
+}
+
+
 SAMPLING_CONSTANTS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")
 
 
-PICTURES = (
-    "vqvae_loss.png",
-    "prior_loss.png",
-    "ssim.png",
-    "code_usage.png",
-    "reconstructions.png",
-    "worst.png",
-    "by_position.png",
-    "power_spectrum.png",
-    "codes.png",
-    "codebook.png",
-    "samples.png",
-    "samples_by_position.png",
-    "copies.png",
-)
+def prior_names(config: Config) -> tuple[str, ...]:
+    """The stages after the VQ-VAE, a prior for each level, the coarsest first."""
+    return tuple(f"{level}_prior".lstrip("_") for level in model.level_names(len(config.grids)))
+
+
+def picture_names(config: Config) -> tuple[str, ...]:
+    """All files of images/."""
+    names = ("vqvae_loss", "prior_loss", "ssim", "code_usage", "reconstructions", "worst", "by_position")
+    names += ("power_spectrum", "codes", "codebook", "samples", "samples_by_position", "copies")
+    return tuple(f"{name}.png" for name in (*names, *(["levels"] if len(config.grids) > 1 else [])))
 
 
 class ConfigError(Exception):
@@ -122,7 +206,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{field} is {value}: must be {must}")
 
     positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
-    positive += ("vqvae_patience", "prior_filters", "prior_blocks", "prior_epochs", "prior_patience", "num_samples")
+    positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
+    positive += ("prior_patience", "num_samples")
     for field in positive:
         require(field, lambda v: v >= 1, "at least 1")
     for field in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
@@ -135,8 +220,6 @@ def check(config: Config) -> None:
         require(field, lambda v: 0 <= v < 1, "from 0 to below 1")
     require("num_embeddings", lambda v: v >= 2, "at least 2")
     require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
-    require("downsampling", lambda v: v >= 2 and v & (v - 1) == 0, "a power of two: 2, 4, 8, …")
-    require("image_size", lambda v: v % config.downsampling == 0, f"a multiple of downsampling ({config.downsampling})")
     require("image_size", lambda v: v >= 16, "at least 16 (SSIM's window is 11 pixels wide)")
     require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd, and at least 3")
     if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
@@ -145,11 +228,15 @@ def check(config: Config) -> None:
         )
     if config.sample_positions and not config.prior_uses_position:
         raise ConfigError("sample_positions is set: needs prior_uses_position, else the prior cannot follow it")
-    grid, first = config.image_size // config.downsampling, model.PixelCNN.FIRST_KERNEL
     try:
-        model.block_dilations(grid, first, config.prior_kernel_size, config.prior_blocks)
+        model.check_grids(config.image_size, config.grids)
     except ValueError as error:
-        raise ConfigError(f"prior_blocks is {config.prior_blocks}: {error}") from error
+        raise ConfigError(f"grids: {error}") from error
+    for grid in config.grids:
+        try:
+            model.block_dilations(grid, model.PixelCNN.FIRST_KERNEL, config.prior_kernel_size, config.prior_blocks)
+        except ValueError as error:
+            raise ConfigError(f"prior_blocks is {config.prior_blocks}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- the steps
@@ -180,15 +267,15 @@ def main(config: Config) -> dict:
 
     vqvae = train_vqvae(config, run, slices)
     codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
-    prior = train_prior(config, run, codes, slices)
-    draw_samples(config, run, vqvae, prior, slices)
+    priors = train_priors(config, run, codes, slices)
+    draw_samples(config, run, vqvae, priors, slices)
     made = Made(
         validate=decode(vqvae, codes["validate"], config.batch_size),
         test=decode(vqvae, codes["test"], config.batch_size),
-        drawn=decode(vqvae, np.load(run.folder / "samples" / "measured_codes.npy"), config.batch_size),
+        drawn=decode(vqvae, run.load_codes("measured_codes"), config.batch_size),
     )
-    measure(config, run, prior, codes["test"], slices, made)
-    draw_pictures(config, run, vqvae, prior, codes["test"], slices, made)
+    measure(config, run, priors, codes["test"], slices, made)
+    draw_pictures(config, run, vqvae, priors, codes["test"], slices, made)
     write_report(config, run)
     return run.finish()
 
@@ -207,7 +294,7 @@ def make_vqvae(config: Config, train: dataset.Slices) -> model.VQVAE:
     keras.utils.set_random_seed(config.seed)
     return model.VQVAE(
         image_size=config.image_size,
-        downsampling=config.downsampling,
+        grids=config.grids,
         channels=config.channels,
         residual_blocks=config.residual_blocks,
         num_embeddings=config.num_embeddings,
@@ -232,19 +319,30 @@ def data_variance(train: dataset.Slices) -> float:
     return max(float(np.average((grey - mean) ** 2, weights=counts)), 1e-6)
 
 
-def make_prior(config: Config, grid_size: tuple[int, int]) -> model.PixelCNN:
-    """The untrained prior."""
-    keras.utils.set_random_seed(config.seed)
+def make_prior(config: Config, level: int = 0) -> model.PixelCNN:
+    """The untrained prior of a level, 0 the coarsest."""
+    keras.utils.set_random_seed(config.seed + level)
     return model.PixelCNN(
         num_embeddings=config.num_embeddings,
-        grid_size=grid_size,
-        filters=config.prior_filters,
+        grid_size=(config.grids[level],) * 2,
+        filters=config.bottom_prior_filters if level else config.prior_filters,
         num_blocks=config.prior_blocks,
         kernel_size=config.prior_kernel_size,
         dropout=config.prior_dropout,
         gated=config.prior == "gated",
         use_position=config.prior_uses_position,
+        coarse_grid_size=(config.grids[level - 1],) * 2 if level else None,
     )
+
+
+@contextlib.contextmanager
+def precision(policy: str):
+    """Networks made inside compute in this policy; what is loaded outside, to be used, in float32."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
@@ -261,7 +359,8 @@ def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -
     path = run.folder / "vqvae.keras"
     if path.exists():
         return keras.saving.load_model(path, compile=False)
-    vqvae = make_vqvae(config, slices["train"])
+    with precision(config.precision):
+        vqvae = make_vqvae(config, slices["train"])
     train, validate = slices["train"], slices["validate"]
     fit(
         vqvae,
@@ -278,19 +377,24 @@ def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -
     return keras.saving.load_model(path, compile=False)
 
 
-def train_prior(config: Config, run: "Run", codes: dict[str, np.ndarray], slices: dict) -> model.PixelCNN:
-    """Train the prior on the code indices, or load it if that is done."""
-    path = run.folder / "prior.keras"
+def train_priors(config: Config, run: "Run", codes: dict[str, list], slices: dict) -> list[model.PixelCNN]:
+    """Train the prior of each level on its code indices, or load it if that is done, the coarsest level first."""
+    return [train_prior(config, run, codes, slices, level) for level in range(len(config.grids))]
+
+
+def train_prior(config: Config, run: "Run", codes: dict[str, list], slices: dict, level: int) -> model.PixelCNN:
+    """Train one level's prior, or load it if that is done."""
+    path = run.folder / f"{prior_names(config)[level]}.keras"
     if path.exists():
         return keras.saving.load_model(path, compile=False)
-    prior = make_prior(config, codes["train"].shape[1:])
-    positions = {split: held.positions for split, held in slices.items()}
+    with precision(config.precision):
+        prior = make_prior(config, level)
     fit(
         prior,
         run,
-        training=dataset.code_batches(codes["train"], positions["train"], config.batch_size, config.seed),
-        validation=dataset.code_batches(codes["validate"], positions["validate"], config.batch_size),
-        steps=dataset.steps_per_epoch(len(codes["train"]), config.batch_size),
+        training=prior_batches(config, codes["train"], slices["train"], level, config.seed),
+        validation=prior_batches(config, codes["validate"], slices["validate"], level),
+        steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
         epochs=config.prior_epochs,
         learning_rate=config.prior_learning_rate,
         patience=config.prior_patience,
@@ -298,6 +402,12 @@ def train_prior(config: Config, run: "Run", codes: dict[str, np.ndarray], slices
         path=path,
     )
     return keras.saving.load_model(path, compile=False)
+
+
+def prior_batches(config: Config, codes: list[np.ndarray], held: dataset.Slices, level: int, seed: int | None = None):
+    """Batches for a level's prior of one split's codes, all levels' of them."""
+    coarse = codes[level - 1] if level else None
+    return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, coarse=coarse)
 
 
 def fit(network, run, training, validation, steps, epochs, learning_rate, patience, monitor, path) -> None:
@@ -325,58 +435,74 @@ def fit(network, run, training, validation, steps, epochs, learning_rate, patien
         ],
     )
     if not np.isfinite(run.history[-1]["loss"]):
+        rate = "vqvae_learning_rate" if path.stem == "vqvae" else "prior_learning_rate"
         raise ConfigError(
-            f"{path.stem}_learning_rate is {learning_rate}: the loss is no longer a number in epoch "
-            f"{run.history[-1]['epoch']}; choose a lower rate"
+            f"{rate} is {learning_rate}: the loss is no longer a number in epoch {run.history[-1]['epoch']}; "
+            "choose a lower rate"
         )
     best = keras.saving.load_model(unfinished, compile=False)
     best.save(unfinished)  # once more, without the optimiser's state
     unfinished.replace(path)
 
 
-def encode(vqvae: model.VQVAE, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Code indices (N, h, w) int32 of images (N, H, W, 1) uint8, a batch at a time, showing progress."""
-    return in_batches(lambda batch: vqvae.encode(dataset.to_float(batch)), images, batch_size, "slices encoded")
+def encode(vqvae: model.VQVAE, images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Code indices of images (N, H, W, 1) uint8: (N, h, w) int32 of each level, the coarsest first."""
+    return in_batches(lambda batch: vqvae.encode(dataset.to_float(batch)), [images], batch_size, "slices encoded")
 
 
-def decode(vqvae: model.VQVAE, codes: np.ndarray, batch_size: int) -> np.ndarray:
-    """Images (N, H, W, 1) float32 in [0, 1] of code indices (N, h, w), a batch at a time, showing progress."""
-    return in_batches(vqvae.decode_code, codes, batch_size, "slices decoded")
+def decode(vqvae: model.VQVAE, codes: list[np.ndarray], batch_size: int) -> np.ndarray:
+    """Images (N, H, W, 1) float32 in [0, 1] of code indices (N, h, w) of each level."""
+    return in_batches(lambda *batch: [vqvae.decode_code(batch)], codes, batch_size, "slices decoded")[0]
 
 
-def in_batches(function: Callable, rows: np.ndarray, batch_size: int, unit: str) -> np.ndarray:
-    """The function's results for some rows at a time, as one array."""
-    bar, results = dataset.progress_bar(len(rows), unit), []
-    for start in range(0, len(rows), batch_size):
-        results.append(keras.ops.convert_to_numpy(function(rows[start : start + batch_size])))
-        bar.add(len(results[-1]))
-    return np.concatenate(results)
+def in_batches(function: Callable, arrays: list[np.ndarray], batch_size: int, unit: str) -> list[np.ndarray]:
+    """What a function makes of some rows of the arrays at a time, as whole arrays; shows progress."""
+    bar, results = dataset.progress_bar(len(arrays[0]), unit), []
+    for start in range(0, len(arrays[0]), batch_size):
+        made = function(*[array[start : start + batch_size] for array in arrays])
+        results.append([keras.ops.convert_to_numpy(tensor) for tensor in made])
+        bar.add(len(results[-1][0]))
+    return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
-def draw_codes(config: Config, prior: model.PixelCNN, positions: np.ndarray, name: str) -> np.ndarray:
-    """Draw code indices (N, h, w) with the configuration's seed and temperature, showing progress."""
-    bar = dataset.progress_bar(len(positions), name)
-    return sampling.draw(
-        prior, positions, config.seed, config.temperature, config.top_k, config.top_p, progress=bar.add
-    )
+def draw_codes(config: Config, priors: list[model.PixelCNN], positions: np.ndarray, name: str) -> list[np.ndarray]:
+    """Draw code indices (N, h, w) of each level, the finer given the coarser, with the configuration's seed and
+    temperature, showing progress."""
+    codes = []
+    for level, prior in enumerate(priors):
+        unit = f"{name} {model.level_names(len(priors))[level]}".strip()
+        bar = dataset.progress_bar(len(positions), unit)
+        codes.append(
+            sampling.draw(
+                prior,
+                positions,
+                [config.seed, level] if level else config.seed,
+                codes[-1] if level else None,
+                config.temperature,
+                config.top_k,
+                config.top_p,
+                progress=bar.add,
+            )
+        )
+    return codes
 
 
-def draw_samples(config: Config, run: "Run", vqvae, prior, slices: dict[str, dataset.Slices]) -> None:
-    """New brains: samples/codes.npy and one PNG each; and the codes of those that are measured."""
+def draw_samples(config: Config, run: "Run", vqvae, priors, slices: dict[str, dataset.Slices]) -> None:
+    """New brains: their codes and one PNG each; and the codes of those that are measured."""
     folder = run.folder / "samples"
     if folder.exists():
         return
     print()
     positions = sample_positions(config, slices["train"].positions)
-    codes = draw_codes(config, prior, positions, "samples")
+    codes = draw_codes(config, priors, positions, "samples")
     images = decode(vqvae, codes, config.batch_size)
+    measured = draw_codes(config, priors, slices["test"].positions, "samples to be measured")
     unfinished = run.folder / "checkpoint" / "samples"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    np.save(unfinished / "codes.npy", codes)
-    np.save(
-        unfinished / "measured_codes.npy", draw_codes(config, prior, slices["test"].positions, "samples to be measured")
-    )
+    for level, prefix in enumerate(run.prefixes):
+        np.save(unfinished / f"{prefix}codes.npy", codes[level])
+        np.save(unfinished / f"{prefix}measured_codes.npy", measured[level])
     for i, (image, position) in enumerate(zip(images, positions, strict=True)):
         grey = (image[..., 0] * 255).round().astype(np.uint8)
         Image.fromarray(grey).save(unfinished / f"sample_{i:03d}_slice_{position}.png")
@@ -390,33 +516,39 @@ def sample_positions(config: Config, train_positions: np.ndarray) -> np.ndarray:
     return np.random.default_rng([config.seed, 1]).choice(train_positions, config.num_samples).astype(np.int32)
 
 
-def measure(config: Config, run: "Run", prior, codes: np.ndarray, slices: dict, made: Made) -> None:
+def measure(config: Config, run: "Run", priors, codes: list[np.ndarray], slices: dict, made: Made) -> None:
     """metrics.json: numbers over the whole test split, and of as many new brains."""
     if run.metrics_path.exists():
         return
     print("measuring reconstructions, codes and likelihood on the test split")
     train, validate, test = (slices[split] for split in dataset.SPLITS)
-    prior_numbers = measure_prior(config, prior, codes, test)
     numbers = {
         "test_slices": len(test),
         "test_people": len(set(test.cases)),
         **metrics.reconstruction_metrics(test.images, made.test, test.positions, test.cases, config.seed),
-        **metrics.code_metrics(codes, config.num_embeddings),
-        **prior_numbers,
-        **metrics.likelihood_metrics(
-            (validate.images, made.validate), (test.images, made.test), prior_numbers["prior_bits_per_image"]
-        ),
+        **measure_codes(config, priors, codes, test),
     }
+    numbers |= metrics.likelihood_metrics(
+        (validate.images, made.validate), (test.images, made.test), numbers["prior_bits_per_image"]
+    )
     print(f"measuring {len(made.drawn)} new brains against the test split (some minutes)")
     numbers["samples"] = metrics.sample_metrics(made.drawn, made.test, test, train, config.seed)
     write_text(run.metrics_path, json.dumps(without_nan(numbers), indent=2, allow_nan=False) + "\n")
 
 
-def measure_prior(config: Config, prior: model.PixelCNN, codes: np.ndarray, test: dataset.Slices) -> dict[str, float]:
-    """What the prior needs for the test split's codes."""
-    prior.compile()
-    batches = dataset.code_batches(codes, test.positions, config.batch_size)
-    return metrics.prior_metrics(prior.evaluate(batches, return_dict=True, verbose=0)["loss"], codes[0].size)
+def measure_codes(config: Config, priors, codes: list[np.ndarray], test: dataset.Slices) -> dict:
+    """How the test split's codes use the codebooks and what the priors need for them, by level if there are two."""
+    levels = []
+    for level, prior in enumerate(priors):
+        prior.compile()
+        loss = prior.evaluate(prior_batches(config, codes, test, level), return_dict=True, verbose=0)["loss"]
+        levels.append(
+            {
+                **metrics.code_metrics(codes[level], config.num_embeddings),
+                **metrics.prior_metrics(loss, codes[level][0].size),
+            }
+        )
+    return metrics.by_level(levels, model.level_names(len(priors)))
 
 
 def without_nan(numbers):
@@ -428,23 +560,24 @@ def without_nan(numbers):
     return None if isinstance(numbers, float) and np.isnan(numbers) else numbers
 
 
-def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, slices: dict, made: Made) -> None:
+def draw_pictures(config: Config, run: "Run", vqvae, priors, codes: list[np.ndarray], slices: dict, made: Made) -> None:
     """images/: all pictures that are missing."""
     print("drawing pictures")
     folder, note, train, test = run.folder / "images", run.note, slices["train"], slices["test"]
-    numbers = run.read_metrics()
-    history = {stage: [row for row in run.history if row["stage"] == stage] for stage in STAGES}
+    numbers, levels = run.read_metrics(), vqvae.level_names
+    history = {stage: [row for row in run.history if row["stage"] == stage] for stage in run.stages}
     shown = np.unique(np.linspace(0, len(test) - 1, min(10, len(test))).astype(int))
     shown = np.argsort(test.positions, kind="stable")[shown]  # spread over the positions
     originals, positions = dataset.to_float(test.images[shown]), test.positions[shown]
-    embeddings = keras.ops.convert_to_numpy(vqvae.quantizer.embeddings)
+    shown_codes = [indices[shown] for indices in codes]
+    labels = [f"slice {position}" for position in positions]
 
     def worst(path: Path) -> None:
         rows = numbers["worst_slices"]
         index = [row["index"] for row in rows]
-        labels = [f"{row['case']} slice {row['position']}\nbrain SSIM {row['ssim_brain'] or 0:.2f}" for row in rows]
+        names = [f"{row['case']} slice {row['position']}\nbrain SSIM {row['ssim_brain'] or 0:.2f}" for row in rows]
         title = f"The {len(rows)} test slices with the lowest brain SSIM"
-        plots.reconstructions(path, dataset.to_float(test.images[index]), made.test[index], labels, note, title)
+        plots.reconstructions(path, dataset.to_float(test.images[index]), made.test[index], names, note, title)
 
     def power_spectrum(path: Path) -> None:
         sets = {
@@ -456,43 +589,66 @@ def draw_pictures(config: Config, run: "Run", vqvae, prior, codes: np.ndarray, s
         plots.power_spectrum(path, spectra, numbers["half_power_frequency"], note)
 
     def new_brains(path: Path) -> None:
-        drawn = decode(vqvae, np.load(run.folder / "samples" / "codes.npy"), config.batch_size)
+        drawn = decode(vqvae, run.load_codes("codes"), config.batch_size)
         plots.samples(path, drawn, sample_positions(config, train.positions), note)
 
     def by_position(path: Path) -> None:
         train_positions, rows = np.unique(train.positions), 4
         chosen = train_positions[np.unique(np.linspace(0, len(train_positions) - 1, 8).astype(int))]
         nearest = [int(np.argmin(np.abs(test.positions - position))) for position in chosen]
-        drawn = decode(vqvae, draw_codes(config, prior, np.repeat(chosen, rows), "more samples"), config.batch_size)
+        drawn = decode(vqvae, draw_codes(config, priors, np.repeat(chosen, rows), "more samples"), config.batch_size)
         drawn = drawn.reshape(len(chosen), rows, *drawn.shape[1:])
         plots.samples_by_position(path, dataset.to_float(test.images[nearest]), drawn, chosen, note)
 
     def copies(path: Path) -> None:
         rows = numbers["samples"]["nearest_to_training"]
-        labels = [f"slice {test.positions[row['index']]}, r.m.s. {row['distance']:.3f}" for row in rows]
+        names = [f"slice {test.positions[row['index']]}, r.m.s. {row['distance']:.3f}" for row in rows]
         nearest = dataset.to_float(train.images[[row["train_index"] for row in rows]])
-        plots.copies(path, made.drawn[[row["index"] for row in rows]], nearest, labels, note)
+        plots.copies(path, made.drawn[[row["index"] for row in rows]], nearest, names, note)
+
+    def code_maps(path: Path) -> None:
+        embeddings = [keras.ops.convert_to_numpy(quantizer.embeddings) for quantizer in vqvae.quantizers]
+        plots.codes(path, originals, shown_codes, embeddings, levels, labels, note)
+
+    def what_each_level_holds(path: Path) -> None:
+        alone = [alone_at(vqvae, codes, level, shown) for level in range(len(levels))]
+        plots.levels(path, originals, made.test[shown], alone, levels, labels, note)
 
     pictures = {
-        "vqvae_loss.png": lambda path: plots.vqvae_loss(path, history["vqvae"], note),
-        "prior_loss.png": lambda path: plots.prior_loss(path, history["prior"], config.num_embeddings, note),
-        "ssim.png": lambda path: plots.ssim(path, history["vqvae"], note),
-        "code_usage.png": lambda path: plots.code_usage(path, history["vqvae"], config.num_embeddings, note),
-        "reconstructions.png": lambda path: plots.reconstructions(
-            path, originals, made.test[shown], [f"slice {position}" for position in positions], note
+        "vqvae_loss": lambda path: plots.vqvae_loss(path, history["vqvae"], levels, note),
+        "prior_loss": lambda path: plots.prior_loss(
+            path, {name: history[name] for name in prior_names(config)}, config.num_embeddings, note
         ),
-        "worst.png": worst,
-        "by_position.png": lambda path: plots.by_position(path, numbers["by_position"], note),
-        "power_spectrum.png": power_spectrum,
-        "codes.png": lambda path: plots.codes(path, originals, codes[shown], embeddings, positions, note),
-        "codebook.png": lambda path: plots.codebook(path, codes, made.test, config.num_embeddings, note),
-        "samples.png": new_brains,
-        "samples_by_position.png": by_position,
-        "copies.png": copies,
+        "ssim": lambda path: plots.ssim(path, history["vqvae"], note),
+        "code_usage": lambda path: plots.code_usage(path, history["vqvae"], levels, config.num_embeddings, note),
+        "reconstructions": lambda path: plots.reconstructions(path, originals, made.test[shown], labels, note),
+        "worst": worst,
+        "by_position": lambda path: plots.by_position(path, numbers["by_position"], note),
+        "power_spectrum": power_spectrum,
+        "codes": code_maps,
+        "codebook": lambda path: plots.codebook(path, codes, made.test, config.num_embeddings, levels, note),
+        "samples": new_brains,
+        "samples_by_position": by_position,
+        "copies": copies,
+        "levels": what_each_level_holds,
     }
-    for name in PICTURES:
+    for name in picture_names(config):
         if not (folder / name).exists():
-            pictures[name](folder / name)
+            pictures[name.removesuffix(".png")](folder / name)
+
+
+def alone_at(vqvae: model.VQVAE, codes: list[np.ndarray], level: int, shown: np.ndarray) -> np.ndarray:
+    """Images (S, H, W, 1) of one level's codes, the other levels' replaced by the mean of their vectors."""
+    quantized = []
+    for i, (quantizer, indices) in enumerate(zip(vqvae.quantizers, codes, strict=True)):
+        if i == level:
+            quantized.append(quantizer.lookup(indices[shown]))
+            continue
+        embeddings = keras.ops.convert_to_numpy(quantizer.embeddings)
+        share = np.bincount(indices.ravel(), minlength=len(embeddings)) / indices.size
+        mean = (share @ embeddings).astype(np.float32)
+        quantized.append(np.broadcast_to(mean, (len(shown), *indices.shape[1:], len(mean))))
+    return keras.ops.convert_to_numpy(vqvae.decode(quantized))
 
 
 def write_report(config: Config, run: "Run") -> None:
@@ -511,8 +667,8 @@ def write_report(config: Config, run: "Run") -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """`run_dir`, or a name made of where the slices come from and their size."""
-    return config.run_dir or Path("runs") / f"{'oasis' if config.data_dir else 'synthetic'}{config.image_size}"
+    """`run_dir`, or one with the run's name."""
+    return config.run_dir or Path("runs") / f"{config.name}{'' if config.data_dir else '-synthetic'}"
 
 
 class Run:
@@ -523,6 +679,8 @@ class Run:
         self.config = config
         self.folder = run_folder(config)
         self.metrics_path = self.folder / "metrics.json"
+        self.stages = ("vqvae", *prior_names(config))
+        self.prefixes = [f"{level}_".lstrip("_") for level in model.level_names(len(config.grids))]
         self.note = "" if config.data_dir else "SYNTHETIC slices, not real brains"
         self.history = _read_history(self.folder / "history.csv")
         self._begun = time.monotonic()
@@ -549,8 +707,9 @@ class Run:
 
     def is_complete(self) -> bool:
         """Whether every file is there, made with these constants."""
-        wanted = ["config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "samples", "report.html"]
-        wanted += [f"images/{name}" for name in PICTURES]
+        wanted = ["config.json", "history.csv", "metrics.json", "samples", "report.html"]
+        wanted += [f"{stage}.keras" for stage in self.stages]
+        wanted += [f"images/{name}" for name in picture_names(self.config)]
         return not self.sampling_differs and all((self.folder / name).exists() for name in wanted)
 
     def start(self) -> None:
@@ -587,15 +746,19 @@ class Run:
         """What stands in metrics.json."""
         return json.loads(self.metrics_path.read_text())
 
+    def load_codes(self, name: str) -> list[np.ndarray]:
+        """Code indices (N, h, w) of each level that stand in samples/."""
+        return [np.load(self.folder / "samples" / f"{prefix}{name}.npy") for prefix in self.prefixes]
+
     def finish(self) -> dict:
         """Print where things are and the main numbers; returns them."""
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         n = self.read_metrics()
-        minutes = {stage: sum(row["seconds"] for row in self.history if row["stage"] == stage) / 60 for stage in STAGES}
+        seconds = [sum(row["seconds"] for row in self.history if row["stage"] == stage) for stage in self.stages]
         print(f"\n{self.note or 'real slices'}; test split: {n['test_slices']} slices of {n['test_people']} people")
         for finding in report.findings(_constants(self.config), n, self.history):
             print(f"  {finding.title}: {finding.says}")
-        print(f"  Training took {minutes['vqvae']:.1f} + {minutes['prior']:.1f} minutes.")
+        print(f"  Training took {' + '.join(f'{spent / 60:.1f}' for spent in seconds)} minutes.")
         print(f"read {self.folder / 'report.html'}; pictures are in images/, new brains in samples/ beside it")
         return n
 
@@ -605,7 +768,7 @@ def _constants(config: Config) -> dict:
     constants = dataclasses.asdict(config)
     del constants["run_dir"]
     constants["data_dir"] = str(config.data_dir.resolve()) if config.data_dir else None
-    constants["sample_positions"] = list(config.sample_positions)
+    constants |= {"grids": list(config.grids), "sample_positions": list(config.sample_positions)}
     return constants
 
 
@@ -628,7 +791,7 @@ def write_text(path: Path, text: str) -> None:
 class History(keras.callbacks.Callback):
     """A row of history.csv for each epoch: stage, epoch, seconds, losses and metrics, the parts in order."""
 
-    FIRST = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
+    PARTS = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
 
     def __init__(self, run: Run, stage: str):
         super().__init__()
@@ -638,7 +801,8 @@ class History(keras.callbacks.Callback):
         self.began = time.monotonic()
 
     def on_epoch_end(self, epoch, logs=None):
-        names = [name for name in self.FIRST if name in logs]
+        names = [f"{prefix}{part}" for part in self.PARTS for prefix in dict.fromkeys(["", *self.run.prefixes])]
+        names = [name for name in names if name in logs]
         row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(time.monotonic() - self.began, 2)}
         row |= {name: logs[name] for name in names} | {f"val_{name}": logs[f"val_{name}"] for name in names}
         row["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -660,7 +824,12 @@ class SeedEpoch(keras.callbacks.Callback):
 
 def command_line() -> int:
     """Parse the constants and run; the exit status is 0, 2 for bad input, 130 after Ctrl-C."""
-    config = tyro.cli(Config, description=__doc__)
+    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    presets.add_argument("--preset", choices=PRESETS, default="oasis96")
+    chosen, rest = presets.parse_known_args()
+    table = "\n".join(f"  --preset {name}: {preset.about}" for name, preset in PRESETS.items())
+    about = f"{__doc__}\nPresets, which all other options change:\n{table}"
+    config = tyro.cli(Config, default=PRESETS[chosen.preset].config, args=rest, description=about)
     try:
         main(config)
     except (ConfigError, dataset.DataError) as error:

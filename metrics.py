@@ -193,6 +193,20 @@ def prior_metrics(nats_per_code: float, codes_per_image: int) -> dict[str, float
     }
 
 
+def by_level(levels: list[dict[str, float]], names: tuple[str, ...]) -> dict:
+    """The numbers of one level as they are; of several as {name of the level: number}, and the bits an image summed.
+
+    The sums keep the plain names; what each level adds to them has `_by_level` after it.
+    """
+    if len(levels) == 1:
+        return levels[0]
+    nested = {key: {name: level[key] for name, level in zip(names, levels, strict=True)} for key in levels[0]}
+    for key in ("independent_bits_per_image", "prior_bits_per_image"):
+        nested[f"{key}_by_level"] = nested[key]
+        nested[key] = sum(nested[key].values())
+    return nested
+
+
 def likelihood_metrics(
     validate: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], prior_bits_per_image: float
 ) -> dict[str, float]:

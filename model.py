@@ -78,9 +78,9 @@ def ssim(x, y):
 class CodeUsage(keras.metrics.Metric):
     """Counts codes over an epoch: the share of them used, and their perplexity exp(−Σ p log p)."""
 
-    def __init__(self, num_embeddings: int, name: str = "code_usage", **kwargs):
-        super().__init__(name=name, dtype="float32", **kwargs)
-        self.num_embeddings = num_embeddings
+    def __init__(self, num_embeddings: int, prefix: str = "", **kwargs):
+        super().__init__(name=f"{prefix}code_usage", dtype="float32", **kwargs)
+        self.num_embeddings, self.prefix = num_embeddings, prefix
         self.counts = self.add_variable((num_embeddings,), initializer="zeros", name="counts")
 
     def update_state(self, counts, sample_weight=None):
@@ -90,7 +90,10 @@ class CodeUsage(keras.metrics.Metric):
     def result(self):
         share = self.counts / ops.maximum(ops.sum(self.counts), 1)
         entropy = -ops.sum(share * ops.log(ops.maximum(share, 1e-20)))
-        return {"codes_used": ops.mean(ops.cast(self.counts > 0, "float32")), "perplexity": ops.exp(entropy)}
+        return {
+            f"{self.prefix}codes_used": ops.mean(ops.cast(self.counts > 0, "float32")),
+            f"{self.prefix}perplexity": ops.exp(entropy),
+        }
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -122,6 +125,7 @@ class VectorQuantizer(layers.Layer):
         decay: γ of the moving averages.
         restart_below: share of the mean count below which a code is dead; 0 never restarts.
         seed: of the random choice of vectors for restarts.
+        prefix: of its metrics' names, where a model has several codebooks.
 
     Example: for features (8, 12, 12, 32) and K = 512 the layer returns quantized features (8, 12, 12, 32)
     and code indices (8, 12, 12) int32 in 0 … 511.
@@ -136,6 +140,7 @@ class VectorQuantizer(layers.Layer):
         decay: float = 0.99,
         restart_below: float = 0.1,
         seed: int = 0,
+        prefix: str = "",
         **kwargs,
     ):
         super().__init__(**{**kwargs, "dtype": "float32"})
@@ -148,10 +153,11 @@ class VectorQuantizer(layers.Layer):
         self.decay = decay
         self.restart_below = restart_below
         self.seed = seed
+        self.prefix = prefix
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self.codebook_loss = keras.metrics.Mean(name="codebook")
-        self.commitment_loss = keras.metrics.Mean(name="commitment")
-        self.usage = CodeUsage(num_embeddings)
+        self.codebook_loss = keras.metrics.Mean(name=f"{prefix}codebook")
+        self.commitment_loss = keras.metrics.Mean(name=f"{prefix}commitment")
+        self.usage = CodeUsage(num_embeddings, prefix)
 
     def build(self, input_shape):
         shape = (self.num_embeddings, self.embedding_dim)
@@ -227,6 +233,7 @@ class VectorQuantizer(layers.Layer):
             "decay": self.decay,
             "restart_below": self.restart_below,
             "seed": self.seed,
+            "prefix": self.prefix,
         }
 
 
@@ -265,37 +272,58 @@ class ResidualBlock(layers.Layer):
         return {**super().get_config(), "filters": self.filters}
 
 
+def level_names(num_levels: int) -> tuple[str, ...]:
+    """What the levels are called, the coarsest first: nothing for a single one, else top and bottom."""
+    return ("",) if num_levels == 1 else ("top", "bottom")
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class VQVAE(keras.Model):
-    """Vector-quantized autoencoder of images (van den Oord et al. 2017).
+    """Vector-quantized autoencoder of images with one level of codes (van den Oord et al. 2017) or two (VQ-VAE-2,
+    Razavi et al. 2019, algorithm 1).
 
-    The encoder halves the image `log2(downsampling)` times by 4 × 4 convolutions of stride 2, the first with
-    `channels` channels, the others with twice as many; residual blocks follow at the two coarsest resolutions.
-    The decoder mirrors it with transposed convolutions. The loss is equation 3 with, as its reconstruction term,
+    `grids` lists the levels, the coarsest first. Going down, each encoder makes a level's features of those of the
+    level below it, the finest of the image. Coming up again, each level is quantized given all that the coarser ones
+    have decoded, and its decoder reads its own codes and theirs:
+
+        e = encoder_i(e of the next finer level, or the image)
+        z = projection_i(e, d);   q = quantizer_i(z);   d = decoder_i(q, d)
+
+    where d, what has been decoded so far, is nothing at first and the image in the end. With one level that is the
+    plain VQ-VAE.
+
+    An encoder halves its input by 4 × 4 convolutions of stride 2; the image's first convolution has `channels`
+    channels, all others twice as many. Residual blocks follow at a level's grid and, half as many, at twice its
+    resolution. Decoders mirror that with transposed convolutions. The loss is equation 3, summed over the levels,
+    with, as its reconstruction term,
 
         w_mse · MSE / var(data) + w_l1 · L1 + w_ssim · (1 − SSIM).
 
     Args:
-        image_size: height and width in pixels, a multiple of `downsampling`.
-        downsampling: image pixels a code's side stands for, a power of two; the grid is h = w = image_size / it.
-        channels: of the first convolution; all coarser resolutions have twice as many.
-        residual_blocks: number at the grid's resolution, in encoder and decoder; half as many at twice that.
+        image_size: height and width in pixels.
+        grids: side of each level's code grid, one or two, the coarsest first; each a power of two times smaller
+            than the next, the last than the image.
+        channels: of the first convolution; all others have twice as many.
+        residual_blocks: number at a level's grid, in encoder and decoder; half as many at twice that.
         num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, restart_below, seed: see
-            `VectorQuantizer`.
+            `VectorQuantizer`; alike for all levels.
         mse_weight, l1_weight, ssim_weight: w of the reconstruction loss.
         data_variance: variance of all pixels of the training data, [0, 1] scale.
 
-    Example: 96 × 96 images and downsampling 8 give 12 × 12 codes:
+    Raises:
+        ValueError: grids that do not fit.
 
-        model(images)              (B, 96, 96, 1) -> reconstructions (B, 96, 96, 1), float32 [0, 1] but for training
-        model.encode(images)       (B, 96, 96, 1) -> code indices (B, 12, 12) int32
-        model.decode_code(codes)   (B, 12, 12) int32 -> images (B, 96, 96, 1)
+    Example: 256 × 256 images and grids (32, 64):
+
+        model(images)              (B, 256, 256, 1) -> reconstructions, float32 in [0, 1] but for training
+        model.encode(images)       -> [(B, 32, 32), (B, 64, 64)] int32 code indices, a list also for one level
+        model.decode_code(codes)   that list -> images (B, 256, 256, 1)
     """
 
     def __init__(
         self,
         image_size: int = 96,
-        downsampling: int = 8,
+        grids: tuple[int, ...] = (12,),
         channels: int = 64,
         residual_blocks: int = 2,
         num_embeddings: int = 512,
@@ -315,7 +343,7 @@ class VQVAE(keras.Model):
         super().__init__(name=name, **kwargs)
         self.settings = {
             "image_size": image_size,
-            "downsampling": downsampling,
+            "grids": list(grids),
             "channels": channels,
             "residual_blocks": residual_blocks,
             "num_embeddings": num_embeddings,
@@ -330,42 +358,74 @@ class VQVAE(keras.Model):
             "data_variance": data_variance,
             "seed": seed,
         }
-        halvings = int(math.log2(downsampling))
-        if 2**halvings != downsampling or image_size % downsampling:
-            raise ValueError(f"downsampling is {downsampling}: needs a power of two that divides {image_size}")
-        self.image_size = image_size
-        self.grid_size = image_size // downsampling
+        check_grids(image_size, grids)
+        self.image_size, self.grids = image_size, tuple(grids)
+        self.level_names = level_names(len(grids))
         self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
         self.data_variance = data_variance
 
-        widths = [channels, *[2 * channels] * (halvings - 1)]
-        blocks = [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
-        self.encoder = _encoder(widths, blocks, embedding_dim)
-        self.quantizer = VectorQuantizer(
-            num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, restart_below, seed, name="quantizer"
-        )
-        self.decoder = _decoder(widths, blocks)
+        self.encoders, self.projections, self.quantizers, self.decoders = [], [], [], []  # the coarsest level first
+        for level, (grid, finer) in enumerate(zip(grids, [*grids[1:], image_size], strict=True)):
+            halvings, of_image = int(math.log2(finer // grid)), finer == image_size
+            widths = [channels if of_image and i == 0 else 2 * channels for i in range(halvings)]
+            blocks = [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
+            prefix = f"{self.level_names[level]}_".lstrip("_")
+            self.encoders.append(_encoder(widths, blocks, f"{prefix}encoder"))
+            self.projections.append(layers.Conv2D(embedding_dim, 1, name=f"{prefix}projection"))
+            self.quantizers.append(
+                VectorQuantizer(
+                    num_embeddings,
+                    embedding_dim,
+                    commitment_weight,
+                    codebook,
+                    ema_decay,
+                    restart_below,
+                    seed + level,
+                    prefix,
+                    name=f"{prefix}quantizer",
+                )
+            )
+            self.decoders.append(_decoder(widths, blocks, 1 if of_image else 2 * channels, f"{prefix}decoder"))
         self.reconstruction_loss = keras.metrics.Mean(name="reconstruction")
         self.ssim_metric = keras.metrics.Mean(name="ssim")
         self(keras.Input((image_size, image_size, 1)))  # creates the weights
 
     def call(self, images, training=False):
         """Reconstructions (B, H, W, 1) of images (B, H, W, 1); clipped to [0, 1] but for training."""
-        quantized, _ = self.quantizer(self.encoder(images), training=training)
-        reconstructions = ops.cast(self.decoder(quantized), "float32")
+        decoded = None
+        for level, features in enumerate(self.features(images)):
+            vectors = self.projections[level](_join(features, decoded))
+            quantized, _ = self.quantizers[level](vectors, training=training)
+            decoded = self.decoders[level](_join(quantized, decoded))
+        reconstructions = ops.cast(decoded, "float32")
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
 
+    def features(self, images):
+        """What the encoders make of images (B, H, W, 1): a list (B, h, w, 2 · channels), the coarsest level first."""
+        found = []
+        for encoder in reversed(self.encoders):
+            found.append(encoder(found[-1] if found else images))
+        return found[::-1]
+
     def encode(self, images):
-        """Images (B, H, W, 1) in [0, 1] to code indices (B, h, w) int32."""
-        return self.quantizer.nearest(self.encoder(images))
+        """Images (B, H, W, 1) in [0, 1] to a list of code indices (B, h, w) int32, the coarsest level first."""
+        decoded, codes = None, []
+        for level, features in enumerate(self.features(images)):
+            codes.append(self.quantizers[level].nearest(self.projections[level](_join(features, decoded))))
+            if level + 1 < len(self.grids):  # the image itself is not needed
+                decoded = self.decoders[level](_join(self.quantizers[level].lookup(codes[-1]), decoded))
+        return codes
 
     def decode(self, quantized):
-        """Quantized features (B, h, w, D) to images (B, H, W, 1) float32 in [0, 1]."""
-        return ops.clip(ops.cast(self.decoder(quantized), "float32"), 0, 1)
+        """A list of quantized features (B, h, w, D), the coarsest level first, to images (B, H, W, 1) in [0, 1]."""
+        decoded = None
+        for decoder, vectors in zip(self.decoders, quantized, strict=True):
+            decoded = decoder(_join(vectors, decoded))
+        return ops.clip(ops.cast(decoded, "float32"), 0, 1)
 
-    def decode_code(self, indices):
-        """Code indices (B, h, w) int32 to images (B, H, W, 1) float32 in [0, 1]."""
-        return self.decode(self.quantizer.lookup(indices))
+    def decode_code(self, codes):
+        """A list of code indices (B, h, w) int32, the coarsest level first, to images (B, H, W, 1) in [0, 1]."""
+        return self.decode([layer.lookup(indices) for layer, indices in zip(self.quantizers, codes, strict=True)])
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Equation 3; `y` (the slice position, in the pipelines here) is not used."""
@@ -383,26 +443,43 @@ class VQVAE(keras.Model):
         return {**self.settings, "name": self.name}
 
 
-def _encoder(widths: list[int], blocks: list[int], embedding_dim: int) -> keras.Sequential:
-    """Images to features (B, h, w, embedding_dim)."""
+def check_grids(image_size: int, grids: tuple[int, ...]) -> None:
+    """Refuse grids that a VQ-VAE cannot have. Raises ValueError, whose message says what they must be."""
+    finer = [*grids[1:], image_size][: len(grids)]
+    ratios = [side / grid if grid > 0 else 0 for grid, side in zip(grids, finer, strict=True)]
+    if len(grids) not in (1, 2) or any(ratio < 2 or not math.log2(ratio).is_integer() for ratio in ratios):
+        shown = ", ".join(map(str, grids))
+        raise ValueError(
+            f"({shown}) is not one or two grids, the coarsest first, each 2, 4, 8, … times smaller than the next "
+            f"and the last than the image of {image_size}"
+        )
+
+
+def _join(features, decoded):
+    """Features and what the coarser levels have decoded, if any, side by side."""
+    return features if decoded is None else ops.concatenate([features, ops.cast(decoded, features.dtype)], axis=-1)
+
+
+def _encoder(widths: list[int], blocks: list[int], name: str) -> keras.Sequential:
+    """Images, or features of the next finer level, to features (B, h, w, widths[-1])."""
     stack = []
     for width, num_blocks in zip(widths, blocks, strict=True):
         stack.append(layers.Conv2D(width, 4, strides=2, padding="same", kernel_initializer="he_normal"))
         stack += [ResidualBlock(width) for _ in range(num_blocks)]
         stack.append(layers.ReLU())
-    stack.append(layers.Conv2D(embedding_dim, 1))
-    return keras.Sequential(stack, name="encoder")
+    return keras.Sequential(stack, name=name)
 
 
-def _decoder(widths: list[int], blocks: list[int]) -> keras.Sequential:
-    """Features (B, h, w, D) to images (B, H, W, 1), not clipped."""
+def _decoder(widths: list[int], blocks: list[int], output: int, name: str) -> keras.Sequential:
+    """Quantized features and what is decoded so far to features of the next finer level, or to the image, not
+    clipped: (B, H, W, output)."""
     stack = [layers.Conv2D(widths[-1], 3, padding="same", kernel_initializer="he_normal")]
-    outputs = [1, *widths[:-1]]
+    outputs = [output, *widths[:-1]]
     for width, num_blocks, output in zip(widths[::-1], blocks[::-1], outputs[::-1], strict=True):
         stack += [ResidualBlock(width) for _ in range(num_blocks)]
         stack.append(layers.ReLU())
         stack.append(layers.Conv2DTranspose(output, 4, strides=2, padding="same", kernel_initializer="he_normal"))
-    return keras.Sequential(stack, name="decoder")
+    return keras.Sequential(stack, name=name)
 
 
 # ---------------------------------------------------------------------------------------------- prior
@@ -542,8 +619,8 @@ class GatedBlock(layers.Layer):
         self.dropout = layers.Dropout(dropout)
 
     def call(self, vertical, horizontal, condition, training=False):
-        """Stacks (B, h, w, filters) and condition (B, filters) to the two new stacks."""
-        condition = self.condition(condition)[:, None, None, :]
+        """Stacks (B, h, w, filters) and condition (B, h or 1, w or 1, filters) to the two new stacks."""
+        condition = self.condition(condition)
         above = self.vertical(vertical)
         left = self.horizontal(horizontal) + self.across(above) + condition
         return self.next_vertical(vertical, above + condition), self.next_horizontal(horizontal, left, training)
@@ -582,8 +659,8 @@ class PlainBlock(layers.Layer):
         self.dropout = layers.Dropout(dropout)
 
     def call(self, features, condition, training=False):
-        """Features (B, h, w, filters) and condition (B, filters) to new features."""
-        inner = self.masked(self.reduced(features)) + self.condition(condition)[:, None, None, :]
+        """Features (B, h, w, filters) and condition (B, h or 1, w or 1, filters) to new features."""
+        inner = self.masked(self.reduced(features)) + self.condition(condition)
         return self.next_features(features, inner, training)
 
     def reduced(self, features):
@@ -606,12 +683,16 @@ class PlainBlock(layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class PixelCNN(keras.Model):
-    """Autoregressive prior over code indices: log p(codes) = Σ_i log p(code_i | earlier codes, slice position).
+    """Autoregressive prior over one level's code indices: log p(codes) = Σ_i log p(code_i | earlier codes, slice
+    position, codes of the coarser level).
 
     `gated=True` is the gated PixelCNN with a vertical and a horizontal stack and no blind spot; `gated=False`
     the plain one with masked convolutions. Both begin with a 7 × 7 mask A and go on in residual blocks of mask B.
     Dilations are chosen so that the receptive field reaches over the whole grid: each block doubles the one
     before, starting over at 1 as early as the grid allows.
+
+    Of two levels, the top has a prior of its own and the bottom one that is told the top's codes: up-sampled by a
+    small convolutional network, they enter every block (Razavi et al. 2019, section 3.2).
 
     Trained by cross-entropy: `loss` in nats a code, `bits_per_code` the same in bits.
 
@@ -624,13 +705,15 @@ class PixelCNN(keras.Model):
         dropout: share of a block's activations dropped in training.
         gated: gated or plain.
         use_position: whether the prior is told the slice position; otherwise it ignores it.
+        coarse_grid_size: (h', w') of the coarser level that the prior is told, h / h' a power of two; None for none.
 
     Raises:
         ValueError: `num_blocks` are too few for the receptive field to reach over the grid at any dilation.
 
     Example: codes (B, 12, 12) int32 and slice positions (B,) int32, K = 512:
 
-        model((codes, positions))   -> logits (B, 12, 12, 512) float32
+        model((codes, positions))           -> logits (B, 12, 12, 512) float32
+        model((codes, positions, coarse))   the same, told the coarser level's codes (B, 6, 6) int32
     """
 
     FIRST_KERNEL = 7
@@ -645,6 +728,7 @@ class PixelCNN(keras.Model):
         dropout: float = 0.2,
         gated: bool = True,
         use_position: bool = True,
+        coarse_grid_size: tuple[int, int] | None = None,
         name: str = "prior",
         **kwargs,
     ):
@@ -652,6 +736,7 @@ class PixelCNN(keras.Model):
         self.settings = {
             "num_embeddings": num_embeddings,
             "grid_size": list(grid_size),
+            "coarse_grid_size": list(coarse_grid_size) if coarse_grid_size else None,
             "filters": filters,
             "num_blocks": num_blocks,
             "kernel_size": kernel_size,
@@ -660,12 +745,26 @@ class PixelCNN(keras.Model):
             "use_position": use_position,
         }
         self.num_embeddings, self.grid_size = num_embeddings, tuple(grid_size)
+        self.coarse_grid_size = tuple(coarse_grid_size) if coarse_grid_size else None
         self.gated, self.use_position = gated, use_position
 
         dilations = block_dilations(max(grid_size), self.FIRST_KERNEL, kernel_size, num_blocks)
         self.embedding = layers.Embedding(num_embeddings, filters)
         self.place = self.add_weight(shape=(*grid_size, filters), initializer="zeros", name="place")
         self.position = layers.Dense(filters, activation="relu")
+        self.coarse = None
+        if coarse_grid_size:
+            ratio = grid_size[0] // coarse_grid_size[0]
+            self.coarse = keras.Sequential(
+                [
+                    layers.Embedding(num_embeddings, filters),
+                    ResidualBlock(filters),
+                    ResidualBlock(filters),
+                    layers.ReLU(),
+                    layers.Conv2DTranspose(filters, 2 * ratio, strides=ratio, padding="same"),
+                ],
+                name="coarse",
+            )
         if gated:
             self.first_vertical = MaskedConv2D(filters, self.FIRST_KERNEL, "vertical A")
             self.first_horizontal = MaskedConv2D(filters, self.FIRST_KERNEL, "horizontal A")
@@ -679,12 +778,13 @@ class PixelCNN(keras.Model):
         self.hidden = layers.Dense(filters, activation="relu")
         self.logits = layers.Dense(num_embeddings, dtype="float32")
         self.bits = keras.metrics.Mean(name="bits_per_code")
-        self((keras.Input(grid_size, dtype="int32"), keras.Input((), dtype="int32")))  # creates the weights
+        shapes = [grid_size, (), *([coarse_grid_size] if coarse_grid_size else [])]
+        self(tuple(keras.Input(shape, dtype="int32") for shape in shapes))  # creates the weights
 
     def call(self, inputs, training=False):
-        """(codes (B, h, w) int32, positions (B,) int32) to logits (B, h, w, K) float32."""
-        codes, positions = inputs
-        condition = self.condition(positions)
+        """(codes (B, h, w), positions (B,)[, coarser codes (B, h', w')]), int32, to logits (B, h, w, K) float32."""
+        codes, *told = inputs
+        condition = self.condition(*told)
         embedded = self.embedding(codes)  # (B, h, w, filters)
         if self.gated:
             vertical = self.first_vertical(embedded) + self.place
@@ -701,8 +801,10 @@ class PixelCNN(keras.Model):
         """Features (…, filters) to logits (…, K) float32."""
         return self.logits(self.hidden(ops.relu(features)))
 
-    def condition(self, positions):
-        """Slice positions (B,) to condition vectors (B, filters); all alike if `use_position` is off.
+    def condition(self, positions, coarse=None):
+        """What the prior is told, (B, 1, 1, filters), or (B, h, w, filters) with coarser codes (B, h', w').
+
+        positions (B,) are ignored if `use_position` is off.
 
         Positions enter as sines and cosines (Vaswani et al. 2017, section 3.5), so that neighbouring slices
         share what is learned and positions that were rare in training need no entry of their own.
@@ -710,7 +812,8 @@ class PixelCNN(keras.Model):
         wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 … 402 slices
         angles = ops.cast(positions, "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
         waves = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)  # (B, 12)
-        return self.position(waves if self.use_position else ops.zeros_like(waves))
+        condition = self.position(waves if self.use_position else ops.zeros_like(waves))[:, None, None, :]
+        return condition if coarse is None else condition + self.coarse(coarse)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean cross-entropy in nats a code of `y` (B, h, w) under the logits `y_pred`."""

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 
 
-def vqvae_loss(path: Path, history: list[dict], note: str = "") -> None:
+def vqvae_loss(path: Path, history: list[dict], levels: tuple[str, ...] = ("",), note: str = "") -> None:
     """Loss of the VQ-VAE by part and epoch, train and validation, each part in its own panel."""
     figure = _figure(11, 3.2, "VQ-VAE loss", note)
     for axes, part in zip(figure.subplots(1, 3), ("reconstruction", "codebook", "commitment"), strict=True):
-        _curves(axes, history, part)
+        _curves_by_level(axes, history, part, ("",) if part == "reconstruction" else levels)
         axes.set(title=part, xlabel="epoch", yscale="log")
     _save(figure, path)
 
@@ -28,27 +28,51 @@ def ssim(path: Path, history: list[dict], note: str = "") -> None:
     _save(figure, path)
 
 
-def code_usage(path: Path, history: list[dict], num_embeddings: int, note: str = "") -> None:
+def code_usage(path: Path, history: list[dict], levels: tuple[str, ...], num_embeddings: int, note: str = "") -> None:
     """Share of the codes used and perplexity by epoch."""
     figure = _figure(9, 3.4, f"Use of the {num_embeddings} codes", note)
     used, perplexity = figure.subplots(1, 2)
-    _curves(used, history, "codes_used")
+    _curves_by_level(used, history, "codes_used", levels)
     used.set(xlabel="epoch", ylabel="share of codes used", ylim=(0, 1.03))
-    _curves(perplexity, history, "perplexity")
+    _curves_by_level(perplexity, history, "perplexity", levels)
     perplexity.axhline(num_embeddings, color="grey", linestyle=":", label="all codes alike")
     perplexity.set(xlabel="epoch", ylabel="perplexity", ylim=(0, None))
     perplexity.legend()
     _save(figure, path)
 
 
-def codebook(path: Path, indices: np.ndarray, decoded: np.ndarray, num_embeddings: int, note: str = "") -> None:
+def codebook(
+    path: Path,
+    codes: list[np.ndarray],
+    decoded: np.ndarray,
+    num_embeddings: int,
+    levels: tuple[str, ...] = ("",),
+    note: str = "",
+) -> None:
     """What each code decodes to: the mean of the decoded images around the places where it stands.
 
     A code means nothing alone: the decoder reads it among its neighbours. So each tile is the mean over up to 200
     places, the code's own pixels in the middle and half as many again on each side.
 
-    indices (N, h, w), decoded (N, H, W, 1) in [0, 1], the images that the decoder made of them.
+    codes: (N, h, w) code indices of each level; decoded (N, H, W, 1) in [0, 1], the images that the decoder made.
     """
+    sheets = [_code_tiles(indices, decoded, num_embeddings) for indices in codes]
+    height = sum(11 * sheet.shape[0] / sheet.shape[1] + 0.4 for sheet in sheets)
+    figure = _figure(11, 0.5 + height, "What each code in use decodes to, most used first, row by row", note)
+    ratios = [sheet.shape[0] / sheet.shape[1] for sheet in sheets]
+    for axes, sheet, indices, level in zip(
+        figure.subplots(len(sheets), 1, squeeze=False, height_ratios=ratios)[:, 0], sheets, codes, levels, strict=True
+    ):
+        cell = decoded.shape[1] // indices.shape[1]
+        axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        title = f"{len(np.unique(indices))} codes of {cell} × {cell} pixels, and half as much around"
+        axes.set_title(f"{level}: {title}" if level else title)
+        _bare(axes)
+    _save(figure, path)
+
+
+def _code_tiles(indices: np.ndarray, decoded: np.ndarray, num_embeddings: int) -> np.ndarray:
+    """One sheet with a tile for each code in use, white between them."""
     counts = np.bincount(indices.ravel(), minlength=num_embeddings)
     order = [code for code in np.argsort(-counts, kind="stable") if counts[code]]
     cell = decoded.shape[1] // indices.shape[1]
@@ -66,24 +90,21 @@ def codebook(path: Path, indices: np.ndarray, decoded: np.ndarray, num_embedding
         tiles = [padded[k, r : r + size, c : c + size] for k, r, c in zip(n, row * cell, column * cell, strict=True)]
         top, left = i // columns * step, i % columns * step
         sheet[top : top + size, left : left + size] = np.mean(tiles, axis=0)
-    title = (
-        f"What each of the {len(order)} codes in use decodes to, most used first, row by row ({cell} × {cell} pixels"
+    return sheet
+
+
+def prior_loss(path: Path, histories: dict[str, list[dict]], num_embeddings: int, note: str = "") -> None:
+    """Cross-entropy of each prior by epoch, {name: history}, in nats (left axis) and bits (right axis) a code."""
+    figure = _figure(
+        5.5 * len(histories), 3.6, f"Prior: cross-entropy (all codes alike: {np.log(num_embeddings):.2f} nats)", note
     )
-    figure = _figure(11, 0.6 + 11 * sheet.shape[0] / sheet.shape[1], f"{title} and half as much around)", note)
-    axes = figure.subplots()
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    _bare(axes)
-    _save(figure, path)
-
-
-def prior_loss(path: Path, history: list[dict], num_embeddings: int, note: str = "") -> None:
-    """Cross-entropy of the prior by epoch, in nats (left axis) and bits (right axis) a code."""
-    figure = _figure(5.5, 3.6, f"Prior: cross-entropy (all codes alike: {np.log(num_embeddings):.2f} nats)", note)
-    axes = figure.subplots()
-    _curves(axes, history, "loss")
-    axes.set(xlabel="epoch", ylabel="nats a code")
-    bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / np.log(2), lambda bits: bits * np.log(2)))
-    bits.set_ylabel("bits a code")
+    for axes, (name, history) in zip(
+        figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
+    ):
+        _curves(axes, history, "loss")
+        axes.set(xlabel="epoch", ylabel="nats a code", title=name.replace("_", " ") if len(histories) > 1 else "")
+        bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / np.log(2), lambda bits: bits * np.log(2)))
+        bits.set_ylabel("bits a code")
     _save(figure, path)
 
 
@@ -168,22 +189,50 @@ def copies(path: Path, drawn, nearest, labels: list[str], note: str = "") -> Non
     _save(figure, path)
 
 
-def codes(path: Path, originals, indices, embeddings, positions, note: str = "") -> None:
+def codes(
+    path: Path,
+    originals: np.ndarray,
+    codes: list[np.ndarray],
+    embeddings: list[np.ndarray],
+    levels: tuple[str, ...],
+    labels: list[str],
+    note: str = "",
+) -> None:
     """Test slices above their code maps; a code's colour shows where its vector lies, so like codes look alike.
 
-    originals (N, H, W, 1), indices (N, h, w), embeddings (K, D), positions (N,).
+    originals (N, H, W, 1); for each level indices (N, h, w) and embeddings (K, D); a label for each slice.
     """
-    colours = _code_colours(embeddings)
-    count, (height, width) = len(originals), indices.shape[1:]
-    title = f"Code indices, {height} × {width} of {len(embeddings)} codes; colour: the first 3 principal components"
-    figure = _figure(1.35 * count + 0.3, 3.3, title, note)
-    grid = figure.subplots(2, count, squeeze=False)
-    for i in range(count):
-        _image(grid[0, i], originals[i], title=f"slice {positions[i]}")
-        grid[1, i].imshow(colours[indices[i]], interpolation="nearest")
-        _bare(grid[1, i])
-    grid[0, 0].set_ylabel("original")
-    grid[1, 0].set_ylabel("codes")
+    grids = " and ".join(f"{indices.shape[1]} × {indices.shape[2]}" for indices in codes)
+    title = f"Code indices, {grids} of {len(embeddings[0])} codes; colour: the first 3 principal components"
+    figure, columns, _ = _columns(len(originals), ("original", *[f"{level} codes" for level in levels]), title, note)
+    colours = [_code_colours(vectors) for vectors in embeddings]
+    for i, (original, *maps) in enumerate(columns):
+        _image(original, originals[i], title=labels[i])
+        for axes, colour, indices in zip(maps, colours, codes, strict=True):
+            axes.imshow(colour[indices[i]], interpolation="nearest")
+            _bare(axes)
+    _save(figure, path)
+
+
+def levels(
+    path: Path,
+    originals: np.ndarray,
+    decoded: np.ndarray,
+    alone: list[np.ndarray],
+    levels: tuple[str, ...],
+    labels: list[str],
+    note: str = "",
+) -> None:
+    """What each level holds: slices, their reconstructions, and images of one level's codes alone.
+
+    originals, decoded and, for each level, alone: (N, H, W, 1) in [0, 1]; a label for each slice.
+    """
+    rows = ("original", "all codes", *[f"{level} codes alone" for level in levels])
+    title = "What each level holds: the other level's codes replaced by their mean"
+    figure, columns, _ = _columns(len(originals), rows, title, note)
+    for i, column in enumerate(columns):
+        for axes, images in zip(column, (originals, decoded, *alone), strict=True):
+            _image(axes, images[i], title=labels[i] if axes is column[0] else "")
     _save(figure, path)
 
 
@@ -254,13 +303,18 @@ def _save(figure: Figure, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _curves(axes, history: list[dict], name: str) -> None:
+def _curves(axes, history: list[dict], name: str, label: str = "") -> None:
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) == 1 else None
-    axes.plot(epochs, [row[name] for row in history], label="train", marker=marker)
-    axes.plot(epochs, [row[f"val_{name}"] for row in history], label="validation", marker=marker)
+    axes.plot(epochs, [row[name] for row in history], label=f"{label}train", marker=marker)
+    axes.plot(epochs, [row[f"val_{name}"] for row in history], label=f"{label}validation", marker=marker)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
+
+
+def _curves_by_level(axes, history: list[dict], part: str, levels: tuple[str, ...]) -> None:
+    for level in levels:
+        _curves(axes, history, f"{level}_{part}".lstrip("_"), f"{level} " if level else "")
 
 
 def _image(axes, image: np.ndarray, title: str = "") -> None:

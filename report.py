@@ -1,6 +1,7 @@
 """report.html: one self-contained file that says what a run did, what is good about it and what is not."""
 
 import base64
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CAPTIONS = {
     "codebook.png": "The pixels under a code and half as many around, averaged over the places where it stands in the "
     "test split, the most used code first. Codes of the black background can carry detail for other places.",
     "codes.png": "Test slices and the codes that stand for them; like codes have like colours.",
+    "levels.png": "What each level of codes holds: the other one's codes are replaced by the mean of their vectors.",
     "code_usage.png": "Share of the codes used and their perplexity, by epoch.",
     "ssim.png": "SSIM of reconstructions by epoch.",
     "vqvae_loss.png": "The VQ-VAE's loss by part and epoch.",
@@ -78,8 +80,9 @@ def write(path: Path, name: str, constants: dict, numbers: dict, history: list[d
     environment.filters.update(number=_number, between=_between)
     images = path.parent / "images"
     pictures = [
-        {"name": picture, "caption": caption, "data": base64.b64encode((images / picture).read_bytes()).decode()}
-        for picture, caption in CAPTIONS.items()
+        {"caption": caption, "data": base64.b64encode((images / name).read_bytes()).decode()}
+        for name, caption in CAPTIONS.items()
+        if (images / name).exists()  # a single level has no levels.png
     ]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,
@@ -88,7 +91,8 @@ def write(path: Path, name: str, constants: dict, numbers: dict, history: list[d
         findings=findings(constants, numbers, history),
         sample_rows=SAMPLE_ROWS,
         pictures=pictures,
-        epochs={stage: sum(row["stage"] == stage for row in history) for stage in ("vqvae", "prior")},
+        grids=" and ".join(f"{grid} × {grid}" for grid in constants["grids"]),
+        epochs=" + ".join(str(epochs) for epochs in Counter(row["stage"] for row in history).values()),
         note=note,
     )
     unfinished = path.with_name(path.name + ".tmp")
@@ -100,7 +104,7 @@ def findings(constants: dict, numbers: dict, history: list[dict]) -> list[Findin
     """The main numbers in words."""
     return [
         _reconstruction(constants, numbers),
-        _prior(constants, numbers, history),
+        _prior(numbers, history, constants),
         _likelihood(numbers),
         _quality(numbers),
         _variety(numbers),
@@ -131,26 +135,33 @@ def _reconstruction(constants: dict, n: dict) -> Finding:
     return finding
 
 
-def _prior(constants: dict, n: dict, history: list[dict]) -> Finding:
+def _prior(n: dict, history: list[dict], constants: dict) -> Finding:
     bits, independent = n["prior_bits_per_image"], n["independent_bits_per_image"]
-    finding = Finding(
-        "Prior",
-        f"Expects the codes of unseen people at {n['prior_bits_per_code']:.2f} bits a code, {bits:,.0f} an image.",
-    )
+    levels = _by_level(n["prior_bits_per_code"])
+    each = " and ".join(f"{value:.2f} bits a {level}code" for level, value in levels.items())
+    finding = Finding("Prior", f"Expects the codes of unseen people at {each}, {bits:,.0f} bits an image.")
     saved = 1 - bits / max(independent, 1e-9)
     cost = f"Each code sent on its own would cost {independent:,.0f} bits an image"
     finding.add(saved > 0.1, f"{cost}: the prior saves {_percent(saved)}.")
-    used, codes = _percent(n["codes_used"]), constants["num_embeddings"]
-    finding.add(n["codes_used"] > 0.9, f"{used} of {codes} codes are in use, perplexity {n['perplexity']:.0f}.")
-    best = min((row for row in history if row["stage"] == "prior"), key=lambda row: row["val_loss"])
-    losses = (
-        f"its loss is {best['loss']:.2f} nats a code on the people it learned from, {best['val_loss']:.2f} on others"
-    )
-    if best["val_loss"] > 1.05 * best["loss"]:
-        finding.add(False, f"It has begun to learn people by heart: in its best epoch, {best['epoch']}, {losses}.")
-    else:
-        finding.add(True, f"It holds for people it has not seen: in its best epoch, {best['epoch']}, {losses}.")
+    perplexity = _by_level(n["perplexity"])
+    for level, used in _by_level(n["codes_used"]).items():
+        words = f"{_percent(used)} of {constants['num_embeddings']} {level}codes are in use"
+        finding.add(used > 0.9, f"{words}, perplexity {perplexity[level]:.0f}.")
+    for level in levels:
+        stage = f"{level}prior".replace(" ", "_")
+        best = min((row for row in history if row["stage"] == stage), key=lambda row: row["val_loss"])
+        epoch = f"In the best epoch of the {level}prior, {best['epoch']}, its loss"
+        losses = f"is {best['loss']:.2f} nats a code on the people it learned from, {best['val_loss']:.2f} on others"
+        if best["val_loss"] > 1.05 * best["loss"]:
+            finding.add(False, f"{epoch} {losses}: it has begun to learn people by heart.")
+        else:
+            finding.add(True, f"{epoch} {losses}: it holds for people it has not seen.")
     return finding
+
+
+def _by_level(value: float | dict[str, float]) -> dict[str, float]:
+    """{"top ": …, "bottom ": …}, or {"": …} of a single level."""
+    return {f"{level} ": number for level, number in value.items()} if isinstance(value, dict) else {"": value}
 
 
 def _likelihood(n: dict) -> Finding:

@@ -13,7 +13,8 @@ import model
 def draw(
     prior: model.PixelCNN,
     positions: np.ndarray,
-    seed: int,
+    seed: int | list[int],
+    coarse: np.ndarray | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -26,6 +27,7 @@ def draw(
         prior: the trained prior; its weights are read, not changed.
         positions: (N,) int32 slice positions.
         seed: the same seed draws the same codes, whatever the batch size.
+        coarse: (N, h', w') codes of the coarser level, where the prior is told them.
         temperature, top_k, top_p: see `restrict`.
         batch_size: grids drawn at a time.
         progress: called with the number of grids just drawn, after each batch.
@@ -34,14 +36,14 @@ def draw(
         (N, h, w) int32 code indices.
     """
     height, width = prior.grid_size
-    positions = np.asarray(positions, np.int32)
+    told = [np.asarray(array, np.int32) for array in (positions, coarse) if array is not None]
     # One number in [0, 1) for each code to draw. Drawn ahead, they do not depend on how the grids are batched.
     uniforms = np.random.default_rng(seed).random((len(positions), height * width), np.float32)
-    draw_next = compiled(lambda u, p: draw_batch(prior, u, p, temperature, top_k, top_p))
+    draw_next = compiled(lambda u, *told: draw_batch(prior, u, told, temperature, top_k, top_p))
     codes = []
     for start in range(0, len(positions), batch_size):
         batch = slice(start, start + batch_size)
-        codes.append(ops.convert_to_numpy(draw_next(uniforms[batch], positions[batch])))
+        codes.append(ops.convert_to_numpy(draw_next(uniforms[batch], *[array[batch] for array in told])))
         if progress:
             progress(len(codes[-1]))
     return np.concatenate(codes).reshape(-1, height, width)
@@ -79,16 +81,16 @@ def choose(logits, uniforms):
     return ops.sum(ops.cast(below, "int32"), axis=-1)
 
 
-def incremental(prior: model.PixelCNN, positions, inputs, pick):
+def incremental(prior: model.PixelCNN, told, inputs, pick):
     """Go over the grid in raster order, computing at each position only what that position adds.
 
     Each masked convolution keeps the inputs that later positions will read (Ramachandran et al. 2017, "Fast
     generation for convolutional autoregressive models"): a few rows for the part of its kernel that reads whole
     rows, which advances once a row; a few positions for the part that reads the row itself, which advances at
-    every position. The layers are the prior's own, so the logits are those of `prior((codes, positions))`.
+    every position. The layers are the prior's own, so the logits are those of `prior((codes, *told))`.
 
     Args:
-        positions: (B,) int32 slice positions.
+        told: what the prior is told: slice positions (B,) and, for a bottom prior, the coarser codes (B, h', w').
         inputs: (h, w, B), one element for each position of each grid, handed to `pick`.
         pick: function of the logits (B, K) and the inputs (B,) of a position; returns the code indices (B,) int32
             to go on with.
@@ -96,25 +98,23 @@ def incremental(prior: model.PixelCNN, positions, inputs, pick):
     Returns:
         Code indices (h, w, B) int32.
     """
-    return (_gated_walk if prior.gated else _plain_walk)(prior, positions, inputs, pick)
+    return (_gated_walk if prior.gated else _plain_walk)(prior, told, inputs, pick)
 
 
-def _gated_walk(prior, positions, inputs, pick):
+def _gated_walk(prior, told, inputs, pick):
     """`incremental` for the gated prior: vertical stack a row at a time, horizontal stack a position at a time."""
-    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(positions)[0]
-    condition = prior.condition(positions)
-    conditions = [block.condition(condition)[:, None] for block in blocks]  # (B, 1, 2 · filters)
+    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(told[0])[0]
     row_layers = [prior.first_vertical, *[block.vertical for block in blocks]]
     cell_layers = [prior.first_horizontal, *[block.horizontal for block in blocks]]
 
     def next_row(windows, row_inputs):
-        row_inputs, place = row_inputs
+        row_inputs, place, condition = row_inputs
         vertical = prior.first_vertical.row(windows[0]) + place  # (B, w, filters)
         entering = [vertical]  # what the positions of the row take from above, layer by layer
         moved = []
-        for block, window, given in zip(blocks, windows[1:], conditions, strict=True):
+        for block, window in zip(blocks, windows[1:], strict=True):
             moved.append(_push(window, vertical))
-            above = block.vertical.row(moved[-1])
+            above, given = block.vertical.row(moved[-1]), block.condition(condition)
             entering.append(block.across(above) + given)
             vertical = block.next_vertical(vertical, above + given)
 
@@ -133,20 +133,21 @@ def _gated_walk(prior, positions, inputs, pick):
         return [_push(windows[0], _columns_first(prior.embedding(codes))), *moved], [codes]
 
     windows = _no_rows(row_layers, batch_size, width)
-    return _scan(next_row, windows, [inputs, prior.place], [_no_codes(height, width, batch_size)])[1][0]
+    return _scan(next_row, windows, [inputs, prior.place, _rows(prior, told)], [_no_codes(height, width, batch_size)])[
+        1
+    ][0]
 
 
-def _plain_walk(prior, positions, inputs, pick):
+def _plain_walk(prior, told, inputs, pick):
     """`incremental` for the plain prior: what all rows above give comes a row at a time, the rest by position."""
-    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(positions)[0]
-    condition = prior.condition(positions)
-    conditions = [block.condition(condition)[:, None] for block in blocks]  # (B, 1, filters / 2)
+    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(told[0])[0]
     layers = [prior.first, *[block.masked for block in blocks]]
 
     def next_row(windows, row_inputs):
-        row_inputs, place = row_inputs
+        row_inputs, place, condition = row_inputs
         above = [layer.row(window) for layer, window in zip(layers, windows, strict=True)]  # (B, w, …)
-        entering = [a + given for a, given in zip(above, [place, *conditions], strict=True)]
+        given = [place, *[block.condition(condition) for block in blocks]]
+        entering = [a + g for a, g in zip(above, given, strict=True)]
 
         def next_cell(cells, cell_inputs):
             cell_inputs, first, *above = cell_inputs
@@ -167,7 +168,15 @@ def _plain_walk(prior, positions, inputs, pick):
         return [_push(window, _columns_first(r)) for window, r in zip(windows, read, strict=True)], [codes]
 
     windows = _no_rows(layers, batch_size, width)
-    return _scan(next_row, windows, [inputs, prior.place], [_no_codes(height, width, batch_size)])[1][0]
+    return _scan(next_row, windows, [inputs, prior.place, _rows(prior, told)], [_no_codes(height, width, batch_size)])[
+        1
+    ][0]
+
+
+def _rows(prior, told):
+    """What the prior is told for each row: (h, B, w or 1, filters)."""
+    condition = prior.condition(*told)  # (B, h or 1, w or 1, filters)
+    return ops.swapaxes(ops.repeat(condition, prior.grid_size[0] // condition.shape[1], axis=1), 0, 1)
 
 
 def _scan(step, state, inputs, outputs):
@@ -207,15 +216,15 @@ def _no_codes(*shape):
     return ops.zeros(shape, dtype="int32")
 
 
-def draw_batch(prior, uniforms, positions, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """(B, h·w) numbers in [0, 1) and (B,) slice positions to (B, h·w) code indices."""
+def draw_batch(prior, uniforms, told, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """(B, h·w) numbers in [0, 1) and what the prior is told (see `incremental`) to (B, h·w) code indices."""
     height, width = prior.grid_size
 
     def pick(logits, numbers):
         return choose(restrict(logits, temperature, top_k, top_p), numbers)
 
     numbers = ops.transpose(ops.reshape(uniforms, (-1, height, width)), (1, 2, 0))  # (h, w, B)
-    codes = incremental(prior, positions, numbers, pick)  # (h, w, B)
+    codes = incremental(prior, told, numbers, pick)  # (h, w, B)
     return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
 
 

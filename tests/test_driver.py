@@ -25,6 +25,7 @@ def tiny(root: Path, **constants) -> driver.Config:
         "data_dir": root / "slices",
         "run_dir": root / "run",
         "image_size": 32,
+        "grids": (4,),
         "channels": 8,
         "num_embeddings": 16,
         "embedding_dim": 4,
@@ -64,7 +65,7 @@ def test_a_run_leaves_every_file(finished):
         "samples",
         "logs",
     }
-    assert {path.name for path in (folder / "images").iterdir()} == set(driver.PICTURES)
+    assert {path.name for path in (folder / "images").iterdir()} == set(driver.picture_names(finished))
     assert len(list((folder / "samples").glob("sample_*_slice_*.png"))) == 3
     assert np.load(folder / "samples" / "codes.npy").shape == (3, 4, 4)
     assert list((folder / "logs").rglob("events*"))
@@ -105,9 +106,9 @@ def test_metrics_hold_every_number(finished):
 
 
 def test_the_report_shows_every_picture(finished):
-    assert set(report.CAPTIONS) == set(driver.PICTURES)
+    assert set(report.CAPTIONS) == set(driver.picture_names(driver.PRESETS["oasis256"].config))
     page = (finished.run_dir / "report.html").read_text()
-    assert page.count("<figure>") == len(driver.PICTURES)
+    assert page.count("<figure>") == len(driver.picture_names(finished))
 
 
 def test_samples_are_grey_pngs_of_the_image_size(finished):
@@ -119,10 +120,10 @@ def test_samples_are_grey_pngs_of_the_image_size(finished):
 def test_importing_model_is_all_that_loading_takes(finished):
     code = (
         "import sys, keras, model; v = keras.saving.load_model(sys.argv[1] + '/vqvae.keras');"
-        "p = keras.saving.load_model(sys.argv[1] + '/prior.keras'); print(v.grid_size, p.grid_size)"
+        "p = keras.saving.load_model(sys.argv[1] + '/prior.keras'); print(v.grids, p.grid_size)"
     )
     loaded = subprocess.run([sys.executable, "-c", code, finished.run_dir], cwd=ROOT, capture_output=True, text=True)
-    assert loaded.stdout.strip() == "4 (4, 4)", loaded.stderr
+    assert loaded.stdout.strip() == "(4,) (4, 4)", loaded.stderr
 
 
 def test_a_complete_run_is_left_alone(finished, capsys):
@@ -178,10 +179,17 @@ def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"image_size": 100}, "image_size is 100: must be a multiple of downsampling (8)"),
+        (
+            {"image_size": 100},
+            "grids: (4) is not one or two grids, the coarsest first, each 2, 4, 8, … times smaller than the next and "
+            "the last than the image of 100",
+        ),
+        (
+            {"grids": (8, 4)},
+            "grids: (8, 4) is not one or two grids, the coarsest first, each 2, 4, 8, … times smaller than the next "
+            "and the last than the image of 32",
+        ),
         ({"image_size": 8}, "image_size is 8: must be at least 16 (SSIM's window is 11 pixels wide)"),
-        ({"downsampling": 6}, "downsampling is 6: must be a power of two: 2, 4, 8, …"),
-        ({"downsampling": 1}, "downsampling is 1: must be a power of two: 2, 4, 8, …"),
         ({"num_embeddings": 0}, "num_embeddings is 0: must be at least 1"),
         ({"num_embeddings": 1}, "num_embeddings is 1: must be at least 2"),
         ({"vqvae_learning_rate": -1e-3}, "vqvae_learning_rate is -0.001: must be a positive number"),
@@ -199,7 +207,7 @@ def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
             "mse_weight is 0: one of mse_weight, l1_weight and ssim_weight must be positive",
         ),
         (
-            {"prior_blocks": 1, "image_size": 96},
+            {"prior_blocks": 1, "image_size": 96, "grids": (12,)},
             "prior_blocks is 1: 1 blocks are too few to see over a grid of 12: use more",
         ),
         (
@@ -222,6 +230,52 @@ def test_sample_positions_that_were_never_seen_are_refused(finished, tmp_path):
     assert not config.run_dir.exists()
 
 
+def test_two_levels_run_from_end_to_end(finished, tmp_path):
+    config = dataclasses.replace(
+        finished, run_dir=tmp_path / "run", grids=(4, 8), bottom_prior_filters=4, prior_blocks=3
+    )
+    numbers = driver.main(config)
+    assert {path.name for path in (tmp_path / "run" / "images").iterdir()} == set(driver.picture_names(config))
+    assert "levels.png" in driver.picture_names(config)
+    for name in ("codes_used", "perplexity", "prior_bits_per_code"):
+        assert numbers[name].keys() == {"top", "bottom"}
+    each = [16 * numbers["prior_bits_per_code"]["top"], 64 * numbers["prior_bits_per_code"]["bottom"]]
+    assert numbers["prior_bits_per_image"] == pytest.approx(sum(each))
+    assert np.load(tmp_path / "run" / "samples" / "bottom_codes.npy").shape == (3, 8, 8)
+    with open(tmp_path / "run" / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["vqvae"] * 2 + ["top_prior"] * 2 + ["bottom_prior"] * 2
+    assert float(rows[0]["top_perplexity"]) > 0
+    assert float(rows[0]["val_bottom_codes_used"]) > 0
+    before = files(config.run_dir)
+    driver.main(config)
+    assert files(config.run_dir) == before
+
+
+def test_mixed_precision_trains_and_saves_float32_models(finished, tmp_path):
+    config = dataclasses.replace(finished, run_dir=tmp_path / "run", precision="mixed_bfloat16")
+    numbers = driver.main(config)
+    exact = json.loads((finished.run_dir / "metrics.json").read_text())
+    assert numbers["ssim"] == pytest.approx(exact["ssim"], abs=0.05)
+    assert numbers["prior_bits_per_code"] == pytest.approx(exact["prior_bits_per_code"], rel=0.1)
+    loaded = keras.saving.load_model(config.run_dir / "vqvae.keras")
+    assert loaded.encoders[0].layers[0].compute_dtype == "float32"
+    assert keras.config.dtype_policy().name == "float32"
+
+
+@pytest.mark.parametrize("name", driver.PRESETS)
+def test_presets_are_sound_and_named_for_what_they_are(name):
+    config = driver.PRESETS[name].config
+    driver.check(config)
+    assert config.name == name
+    assert f"{config.image_size}" in name
+    assert driver.run_folder(config) == Path("runs") / f"{name}-synthetic"
+
+
+def test_the_default_preset_is_the_default_configuration():
+    assert driver.PRESETS["oasis96"].config == driver.Config()
+
+
 def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(phantom, "NUM_CASES", 6)
     monkeypatch.setattr(phantom, "NUM_POSITIONS", 4)
@@ -229,7 +283,7 @@ def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(driver.plots, "_figure", _recording(driver.plots._figure, titles))
     driver.main(tiny(tmp_path, data_dir=None, vqvae_epochs=1, prior_epochs=1))
     assert "SYNTHETIC" in capsys.readouterr().out.splitlines()[0]
-    assert len(titles) == len(driver.PICTURES)
+    assert len(titles) == len(driver.picture_names(driver.Config()))
     assert all("SYNTHETIC" in note for note in titles)
 
 
@@ -264,8 +318,17 @@ def test_unknown_constants_end_with_status_2():
     assert "--colour" in ended.stderr + ended.stdout
 
 
+def test_a_preset_sets_the_defaults_of_the_other_options():
+    ended = command("--preset", "oasis256", "--help")
+    assert "32 64" in ended.stdout
+    ended = command("--preset", "oasis97")
+    assert ended.returncode == 2
+    assert "invalid choice: 'oasis97'" in ended.stderr
+
+
 def test_help_shows_the_constants_with_their_comments():
     ended = command("--help")
     assert ended.returncode == 0
+    assert "--preset hierarchical256" in ended.stdout
     assert "--num-embeddings" in ended.stdout
     assert "codes in the codebook" in ended.stdout

@@ -15,7 +15,15 @@ def images(count: int, size: int = 32) -> np.ndarray:
 
 def small_vqvae(**settings) -> model.VQVAE:
     return model.VQVAE(
-        **{"image_size": 32, "channels": 8, "num_embeddings": 16, "embedding_dim": 4, "residual_blocks": 1, **settings}
+        **{
+            "image_size": 32,
+            "grids": (4,),
+            "channels": 8,
+            "num_embeddings": 16,
+            "embedding_dim": 4,
+            "residual_blocks": 1,
+            **settings,
+        }
     )
 
 
@@ -25,6 +33,13 @@ def small_prior(gated: bool, grid=(5, 7), **settings) -> model.PixelCNN:
     for weight in prior.trainable_variables:
         weight.assign(RNG.normal(0, 0.3, weight.shape))
     return prior
+
+
+def told(prior: model.PixelCNN, count: int) -> tuple[np.ndarray, ...]:
+    """Codes, slice positions and, where the prior is told them, coarser codes."""
+    shapes = [(count, *prior.grid_size), *([(count, *prior.coarse_grid_size)] if prior.coarse_grid_size else [])]
+    codes, *coarse = (RNG.integers(0, 8, shape).astype(np.int32) for shape in shapes)
+    return (codes, np.arange(4, 4 + count, dtype=np.int32), *coarse)
 
 
 # ------------------------------------------------------------------------------------------------- SSIM
@@ -175,8 +190,8 @@ def test_the_quantizer_runs_in_float32_whatever_the_policy():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         vqvae = small_vqvae()
-        assert vqvae.encoder.layers[0].compute_dtype == "bfloat16"
-        assert vqvae.quantizer.compute_dtype == "float32"
+        assert vqvae.encoders[0].layers[0].compute_dtype == "bfloat16"
+        assert vqvae.quantizers[0].compute_dtype == "float32"
         assert vqvae(images(1)).dtype == "float32"
     finally:
         keras.config.set_dtype_policy("float32")
@@ -185,31 +200,52 @@ def test_the_quantizer_runs_in_float32_whatever_the_policy():
 # ----------------------------------------------------------------------------------------------- VQ-VAE
 
 
-@pytest.mark.parametrize("downsampling", [2, 4, 8])
-def test_shapes_follow_the_downsampling(downsampling):
-    vqvae, x = small_vqvae(downsampling=downsampling), images(2)
+@pytest.mark.parametrize("grids", [(16,), (8,), (4,), (4, 16), (4, 8), (2, 8)])
+def test_shapes_follow_the_grids(grids):
+    vqvae, x = small_vqvae(grids=grids), images(2)
     codes = vqvae.encode(x)
-    assert codes.shape == (2, 32 // downsampling, 32 // downsampling)
-    assert codes.dtype == "int32"
+    assert [indices.shape for indices in codes] == [(2, grid, grid) for grid in grids]
+    assert all(indices.dtype == "int32" for indices in codes)
     np.testing.assert_allclose(vqvae.decode_code(codes), vqvae(x), atol=1e-5)
-    np.testing.assert_allclose(vqvae.decode(vqvae.quantizer.lookup(codes)), vqvae(x), atol=1e-5)
+    quantized = [layer.lookup(indices) for layer, indices in zip(vqvae.quantizers, codes, strict=True)]
+    np.testing.assert_allclose(vqvae.decode(quantized), vqvae(x), atol=1e-5)
 
 
-def test_image_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="downsampling is 8"):
-        small_vqvae(image_size=36)
+@pytest.mark.parametrize(
+    ("image_size", "grids"),
+    [(36, (4,)), (32, (32,)), (32, ()), (32, (8, 4)), (32, (2, 4, 8)), (32, (0,)), (32, (4, 4))],
+)
+def test_grids_that_do_not_fit_are_refused(image_size, grids):
+    with pytest.raises(ValueError, match="is not one or two grids"):
+        small_vqvae(image_size=image_size, grids=grids)
 
 
+def test_the_bottom_is_quantized_given_the_top_and_the_decoder_reads_both():
+    vqvae, x = small_vqvae(grids=(4, 8)), images(1)
+    for weight in vqvae.trainable_variables:
+        weight.assign(RNG.normal(0, 0.2, weight.shape))
+    top, bottom = (ops.convert_to_numpy(indices) for indices in vqvae.encode(x))
+    image = ops.convert_to_numpy(vqvae.decode_code([top, bottom]))
+    assert not np.allclose(image, vqvae.decode_code([(top + 1) % 16, bottom]))
+    assert not np.allclose(image, vqvae.decode_code([top, (bottom + 1) % 16]))
+    seen = ops.convert_to_numpy(vqvae.quantizers[0].embeddings)
+    vqvae.quantizers[0].embeddings.assign(seen[::-1] * 2)  # another top, the same features
+    assert not np.array_equal(bottom, vqvae.encode(x)[1])
+
+
+@pytest.mark.parametrize("grids", [(4,), (4, 8)])
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_training_lowers_every_error_and_reports_the_parts(codebook):
-    vqvae, x = small_vqvae(codebook=codebook), np.repeat(images(4, 4), 8, axis=1).repeat(8, axis=2)
+def test_training_lowers_every_error_and_reports_the_parts(codebook, grids):
+    vqvae, x = small_vqvae(codebook=codebook, grids=grids), np.repeat(images(4, 4), 8, axis=1).repeat(8, axis=2)
     vqvae.compile(keras.optimizers.Adam(3e-3))
     history = vqvae.fit(x, epochs=30, batch_size=4, verbose=0).history
-    assert {"loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity"} <= history.keys()
+    prefixes = [""] if len(grids) == 1 else ["top_", "bottom_"]
+    parts = {f"{p}{part}" for p in prefixes for part in ("codebook", "commitment", "codes_used", "perplexity")}
+    assert {"loss", "reconstruction", "ssim"} | parts <= history.keys()
     assert history["reconstruction"][-1] < 0.7 * history["reconstruction"][0]
     assert history["ssim"][-1] > history["ssim"][0]
-    total = history["reconstruction"][-1] + history["commitment"][-1]
-    total += history["codebook"][-1] if codebook == "gradient" else 0
+    total = history["reconstruction"][-1] + sum(history[f"{prefix}commitment"][-1] for prefix in prefixes)
+    total += sum(history[f"{prefix}codebook"][-1] for prefix in prefixes) if codebook == "gradient" else 0
     np.testing.assert_allclose(history["loss"][-1], total, rtol=1e-4)
 
 
@@ -218,10 +254,19 @@ def test_a_residual_block_starts_as_the_identity():
     np.testing.assert_array_equal(model.ResidualBlock(8)(features), features)
 
 
-@pytest.mark.parametrize("make", [small_vqvae, lambda: small_prior(True), lambda: small_prior(False)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        small_vqvae,
+        lambda: small_vqvae(grids=(4, 8)),
+        lambda: small_prior(True),
+        lambda: small_prior(False),
+        lambda: small_prior(True, (6, 8), coarse_grid_size=(3, 4)),
+    ],
+)
 def test_saved_and_loaded_models_give_the_same_output(tmp_path, make):
     network = make()
-    inputs = images(2) if isinstance(network, model.VQVAE) else (RNG.integers(0, 8, (2, 5, 7)), np.array([3, 9]))
+    inputs = images(2) if isinstance(network, model.VQVAE) else told(network, 2)
     network.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(network(inputs), loaded(inputs))
@@ -231,18 +276,17 @@ def test_saved_and_loaded_models_give_the_same_output(tmp_path, make):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("grid", [(5, 7), (6, 6)])
-def test_the_prior_sees_all_earlier_positions_and_no_later_one(gated, grid):
+@pytest.mark.parametrize(("grid", "coarse"), [((5, 7), None), ((6, 6), None), ((6, 6), (3, 3))])
+def test_the_prior_sees_all_earlier_positions_and_no_later_one(gated, grid, coarse):
     """Perturb each position: no logits at it or before it change; all those after it that should do, change."""
-    prior = small_prior(gated, grid)
+    prior = small_prior(gated, grid, coarse_grid_size=coarse)
     height, width = grid
-    codes = RNG.integers(0, 8, (1, height, width)).astype(np.int32)
-    position = np.array([4], np.int32)
-    before = ops.convert_to_numpy(prior((codes, position)))
+    codes, *rest = told(prior, 1)
+    before = ops.convert_to_numpy(prior((codes, *rest)))
     for i in range(height * width):
         perturbed = codes.copy()
         perturbed.reshape(-1)[i] = (perturbed.reshape(-1)[i] + 1) % 8
-        after = ops.convert_to_numpy(prior((perturbed, position)))
+        after = ops.convert_to_numpy(prior((perturbed, *rest)))
         changed = np.any(after != before, axis=-1).reshape(-1)
         assert not changed[: i + 1].any(), f"logits at or before position {i} changed"
         if gated:
@@ -290,6 +334,33 @@ def test_the_prior_learns(gated):
     history = prior.fit((codes, np.zeros(64, np.int32)), codes, epochs=30, verbose=0).history
     assert history["loss"][-1] < 1.5 * np.log(8) / 7
     np.testing.assert_allclose(history["bits_per_code"][-1], history["loss"][-1] / np.log(2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_coarse_code_reaches_the_logits_it_lies_over_also_the_first(gated):
+    prior = small_prior(gated, (8, 8), coarse_grid_size=(4, 4))
+    codes, positions, coarse = told(prior, 1)
+    before = ops.convert_to_numpy(prior((codes, positions, coarse)))
+    for row, column in ((0, 0), (1, 2), (3, 3)):
+        changed = coarse.copy()
+        changed[0, row, column] = (changed[0, row, column] + 1) % 8
+        after = ops.convert_to_numpy(prior((codes, positions, changed)))
+        assert not np.allclose(before[0, 2 * row, 2 * column], after[0, 2 * row, 2 * column])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_bottom_prior_uses_the_top(gated):
+    """Its cross-entropy rises clearly when each slice is given another slice's top codes."""
+    coarse = RNG.integers(0, 8, (64, 3, 3)).astype(np.int32)
+    codes = (coarse.repeat(2, axis=1).repeat(2, axis=2) + RNG.integers(0, 2, (64, 6, 6)).astype(np.int32)) % 8
+    prior = model.PixelCNN(8, (6, 6), 16, num_blocks=2, dropout=0.0, gated=gated, coarse_grid_size=(3, 3))
+    prior.compile(keras.optimizers.Adam(1e-2))
+    positions = np.zeros(64, np.int32)
+    prior.fit((codes, positions, coarse), codes, epochs=30, verbose=0)
+    own = prior.evaluate((codes, positions, coarse), codes, verbose=0, return_dict=True)["loss"]
+    others = prior.evaluate((codes, positions, np.roll(coarse, 1, axis=0)), codes, verbose=0, return_dict=True)["loss"]
+    assert own < 1.3 * np.log(2)  # what is left to know is a fair coin
+    assert others > own + 0.5
 
 
 def test_even_kernels_have_no_centre_to_mask():

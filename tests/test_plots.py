@@ -13,12 +13,24 @@ HISTORY = [
     for epoch in (1, 2, 3)
 ]
 
+LEVELS = ("top", "bottom")
+LEVELS_HISTORY = [
+    {**row, **{f"{at}{level}_{name}": 1.0 for at in ("", "val_") for level in LEVELS for name in CURVES}}
+    for row in HISTORY
+]
+CODES = [RNG.integers(0, 9, (6, 2, 2)), RNG.integers(0, 16, (6, 4, 4))]
+EMBEDDINGS = [RNG.normal(size=(16, 4)), RNG.normal(size=(16, 4))]
+
 PICTURES = {
-    "vqvae_loss": lambda path: plots.vqvae_loss(path, HISTORY, "note"),
+    "vqvae_loss": lambda path: plots.vqvae_loss(path, HISTORY, ("",), "note"),
+    "vqvae_loss of two levels": lambda path: plots.vqvae_loss(path, LEVELS_HISTORY, LEVELS),
     "ssim": lambda path: plots.ssim(path, HISTORY),
-    "code_usage": lambda path: plots.code_usage(path, HISTORY, 16),
-    "codebook": lambda path: plots.codebook(path, RNG.integers(0, 9, (6, 2, 2)), IMAGES, 16),
-    "prior_loss": lambda path: plots.prior_loss(path, HISTORY[:1], 16),
+    "code_usage": lambda path: plots.code_usage(path, HISTORY, ("",), 16),
+    "code_usage of two levels": lambda path: plots.code_usage(path, LEVELS_HISTORY, LEVELS, 16),
+    "codebook": lambda path: plots.codebook(path, CODES[:1], IMAGES, 16),
+    "codebook of two levels": lambda path: plots.codebook(path, CODES, IMAGES, 16, LEVELS),
+    "prior_loss": lambda path: plots.prior_loss(path, {"prior": HISTORY[:1]}, 16),
+    "two priors": lambda path: plots.prior_loss(path, {"top_prior": HISTORY, "bottom_prior": HISTORY}, 16),
     "reconstructions": lambda path: plots.reconstructions(path, IMAGES, IMAGES[::-1], list("abcdef")),
     "one reconstruction": lambda path: plots.reconstructions(path, IMAGES[:1], IMAGES[1:2], ["a"], "", "title"),
     "by_position": lambda path: plots.by_position(
@@ -41,9 +53,9 @@ PICTURES = {
         ],
     ),
     "copies": lambda path: plots.copies(path, IMAGES, IMAGES[::-1], list("abcdef")),
-    "codes": lambda path: plots.codes(
-        path, IMAGES, RNG.integers(0, 16, (6, 2, 2)), RNG.normal(size=(16, 4)), POSITIONS
-    ),
+    "codes": lambda path: plots.codes(path, IMAGES, CODES[:1], EMBEDDINGS[:1], ("",), list("abcdef")),
+    "codes of two levels": lambda path: plots.codes(path, IMAGES, CODES, EMBEDDINGS, LEVELS, list("abcdef")),
+    "levels": lambda path: plots.levels(path, IMAGES, IMAGES, [IMAGES, IMAGES[::-1]], LEVELS, list("abcdef")),
     "samples": lambda path: plots.samples(path, IMAGES, POSITIONS),
     "one sample": lambda path: plots.samples(path, IMAGES[:1], POSITIONS[:1]),
     "samples_by_position": lambda path: plots.samples_by_position(
@@ -78,7 +90,7 @@ def test_a_code_is_shown_as_what_is_decoded_where_it_stands(tmp_path, monkeypatc
     monkeypatch.setattr(
         plots, "_save", lambda figure, path: shown.append(np.asarray(figure.axes[0].images[0].get_array()))
     )
-    plots.codebook(tmp_path / "x.png", indices, images, 4)
+    plots.codebook(tmp_path / "x.png", [indices], images, 4)
     sheet = shown[0]
     middle = slice(6, 10)
     assert sheet[middle, middle] == pytest.approx(0)  # code 1

@@ -7,7 +7,7 @@ from PIL import Image
 
 import report
 
-CONSTANTS = {"image_size": 96, "downsampling": 8, "num_embeddings": 512, "prior": "gated", "data_dir": "/data/<oasis>"}
+CONSTANTS = {"image_size": 96, "grids": [12], "num_embeddings": 512, "prior": "gated", "data_dir": "/data/<oasis>"}
 HISTORY = [
     {"stage": "vqvae", "epoch": 1, "loss": 1.0, "val_loss": 1.0},
     {"stage": "prior", "epoch": 1, "loss": 4.0, "val_loss": 4.1},
@@ -28,6 +28,7 @@ SET = {
     "copies_pixels": 0.01,
     "copies_features": 0.01,
 }
+PICTURES = sorted(report.CAPTIONS.keys() - {"levels.png"})
 ROW = {"ssim": 0.9, "ssim_brain": 0.8, "ms_ssim": 0.95, "psnr_db": 25.0, "mae": 0.02}
 NUMBERS = {
     "test_slices": 24,
@@ -96,13 +97,22 @@ def test_what_is_not_good_is_said(drawn, title, says):
 
 
 def test_a_prior_that_learns_by_heart_is_told_by_its_best_epoch():
-    assert any("best epoch, 2, its loss is 3.50" in item for item in found()["Prior"].bad)
+    assert any("best epoch of the prior, 2, its loss is 3.50" in item for item in found()["Prior"].bad)
+
+
+def test_two_levels_are_told_apart():
+    both = {name: {"top": NUMBERS[name], "bottom": 0.5} for name in ("codes_used", "perplexity", "prior_bits_per_code")}
+    history = [{**row, "stage": f"{level}_prior"} for row in HISTORY[1:] for level in ("top", "bottom")]
+    prior = report.findings(CONSTANTS, {**NUMBERS, **both}, history)[1]
+    assert "5.00 bits a top code and 0.50 bits a bottom code, 720 bits an image" in prior.says
+    assert any("100\u00a0% of 512 top codes" in item for item in prior.good)
+    assert any("50\u00a0% of 512 bottom codes" in item for item in prior.bad)
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     (tmp_path / "images").mkdir()
-    for name in report.CAPTIONS:
+    for name in PICTURES:
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "images" / name)
     return tmp_path
 
@@ -115,7 +125,7 @@ def write(folder, numbers=NUMBERS, note="") -> str:
 
 def test_the_report_is_one_file_that_needs_no_other(run_folder):
     page = write(run_folder)
-    assert page.count('src="data:image/png;base64,') == len(report.CAPTIONS)
+    assert page.count('src="data:image/png;base64,') == len(PICTURES)
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
     assert "http" not in page

@@ -44,6 +44,19 @@ def test_draws_are_those_of_one_forward_pass_a_position(prior):
     assert np.array_equal(sampling.draw(prior, POSITIONS, seed=7), codes.reshape(5, 3, 5))
 
 
+def test_the_bottom_is_drawn_given_the_top():
+    prior = model.PixelCNN(8, (4, 6), filters=16, num_blocks=2, coarse_grid_size=(2, 3))
+    for weight in prior.trainable_variables:
+        weight.assign(RNG.normal(0, 0.4, weight.shape))
+    coarse = RNG.integers(0, 8, (5, 2, 3)).astype(np.int32)
+    uniforms = np.random.default_rng(7).random((5, 24), np.float32)
+    codes = np.zeros((5, 24), np.int32)
+    for i in range(24):
+        logits = prior((codes.reshape(5, 4, 6), POSITIONS, coarse))
+        codes[:, i] = sampling.choose(ops.reshape(logits, (5, 24, 8))[:, i], uniforms[:, i])
+    assert np.array_equal(sampling.draw(prior, POSITIONS, 7, coarse, batch_size=2), codes.reshape(5, 4, 6))
+
+
 def test_the_likeliest_codes_are_drawn_where_only_one_may_be(prior):
     greedy = sampling.draw(prior, POSITIONS, seed=0, top_k=1)
     assert np.array_equal(greedy, sampling.draw(prior, POSITIONS, seed=1, top_k=1))
@@ -97,18 +110,38 @@ def test_progress_counts_every_grid(prior):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("use_position", [True, False])
 @pytest.mark.parametrize(
-    ("grid", "num_blocks", "kernel_size"),
-    [((3, 5), 1, 3), ((6, 4), 2, 3), ((5, 7), 3, 5), ((4, 9), 3, 3), ((7, 7), 1, 7), ((13, 3), 4, 3)],
+    ("grid", "num_blocks", "kernel_size", "coarse_grid_size"),
+    [
+        ((3, 5), 1, 3, None),
+        ((6, 4), 2, 3, None),
+        ((5, 7), 3, 5, None),
+        ((4, 9), 3, 3, None),
+        ((7, 7), 1, 7, None),
+        ((13, 3), 4, 3, None),
+        ((6, 4), 2, 3, (3, 2)),
+        ((8, 8), 3, 3, (2, 2)),
+    ],
 )
-def test_incremental_logits_are_those_of_the_full_forward_pass(gated, use_position, grid, num_blocks, kernel_size):
+def test_incremental_logits_are_those_of_the_full_forward_pass(
+    gated, use_position, grid, num_blocks, kernel_size, coarse_grid_size
+):
     prior = model.PixelCNN(
-        8, grid, 16, num_blocks=num_blocks, kernel_size=kernel_size, gated=gated, use_position=use_position
+        8,
+        grid,
+        16,
+        num_blocks=num_blocks,
+        kernel_size=kernel_size,
+        gated=gated,
+        use_position=use_position,
+        coarse_grid_size=coarse_grid_size,
     )
     for weight in prior.trainable_variables:
         weight.assign(RNG.normal(0, 0.3, weight.shape))
     codes = RNG.integers(0, 8, (3, *grid)).astype(np.int32)
-    positions = np.array([0, 4, 11], np.int32)
-    full = ops.convert_to_numpy(prior((codes, positions)))
+    told = [np.array([0, 4, 11], np.int32)]
+    if coarse_grid_size:
+        told.append(RNG.integers(0, 8, (3, *coarse_grid_size)).astype(np.int32))
+    full = ops.convert_to_numpy(prior((codes, *told)))
     seen = []
 
     def pick(logits, given):
@@ -116,7 +149,9 @@ def test_incremental_logits_are_those_of_the_full_forward_pass(gated, use_positi
         return given
 
     given = ops.transpose(ops.convert_to_tensor(codes), (1, 2, 0))
-    returned = sampling.incremental(prior, ops.convert_to_tensor(positions), given, pick)  # not compiled: see each
+    returned = sampling.incremental(
+        prior, [ops.convert_to_tensor(array) for array in told], given, pick
+    )  # not compiled: see each
     np.testing.assert_array_equal(returned, given)
     logits = np.stack(seen, axis=1).reshape(full.shape)
     np.testing.assert_allclose(logits, full, atol=1e-4)
