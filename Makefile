@@ -25,6 +25,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/blocks.py
+	$(BIN)/python benchmarks/rate.py
 
 clean:
 	rm -rf .venv

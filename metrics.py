@@ -361,7 +361,7 @@ def stand_ins(
 def features(images: np.ndarray) -> np.ndarray:
     """Features of images by a fixed convolutional network that was never trained: (N, S, S, 1) uint8 to (N, 64).
 
-    Naeem et al. 2020 (section 4.3) find that where images are unlike ImageNet's, a network with random weights
+    Naeem et al. 2020 find that where images are unlike ImageNet's, a network with random weights
     judges generated images better than one trained on ImageNet, whose features have no place for them. For the same
     reason, and because it is biased upwards for few images (Bińkowski et al. 2018), there is no Fréchet Inception
     Distance here: with some hundred slices and 2,048 features its covariances could not even be estimated.
@@ -399,7 +399,7 @@ def whitening(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def prdc(real: np.ndarray, fake: np.ndarray, real_people=None, fake_people=None, k: int = 5) -> dict[str, float]:
-    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020, equation 3).
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     A set's manifold is the union of balls around its features that reach to their k-th neighbour in the set.
     Slices of one person are no neighbours: they lie so near to each other that the balls would hold nobody else.

@@ -175,6 +175,7 @@ def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
                     f"{row['grid']} × {row['grid']}", (x, y), (4, -10), textcoords="offset points", fontsize=7
                 )
         axes.set(xlabel="bits an image, by the prior", ylabel=label, xscale="log")
+        axes.margins(x=0.2, y=0.1)
         axes.legend()
     _save(figure, path)
 
