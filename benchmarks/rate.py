@@ -29,7 +29,7 @@ class Options:
 
     data_dir: Path | None = None  # folder of OASIS PNG slices; None makes synthetic ones
     folder: Path = Path("runs/rate")  # where the runs and the picture go
-    downsampling: tuple[int, ...] = (16, 8, 4)  # pixels that a code's side stands for
+    grids: tuple[int, ...] = (6, 12, 24)  # sides of the code grid, each one level
     num_embeddings: tuple[int, ...] = (64, 512)  # codebook sizes
     image_size: int = 96
     vqvae_epochs: int = 4
@@ -40,9 +40,9 @@ def main(options: Options) -> list[dict]:
     """Train and measure every pair; returns a row for each."""
     slices = dataset.load(options.data_dir, options.image_size, driver.Config.seed)
     rows = []
-    for downsampling in options.downsampling:
+    for grid in options.grids:
         for num_embeddings in options.num_embeddings:
-            rows.append(measure(options, slices, downsampling, num_embeddings))
+            rows.append(measure(options, slices, grid, num_embeddings))
     print(f"\n{'grid':>8} {'codes':>6} {'bits an image':>14} {'SSIM':>6} {'brain':>6} {'PSNR, dB':>9} {'used':>5}")
     for row in rows:
         print(
@@ -56,13 +56,13 @@ def main(options: Options) -> list[dict]:
     return rows
 
 
-def measure(options: Options, slices: dict, downsampling: int, num_embeddings: int) -> dict:
+def measure(options: Options, slices: dict, grid: int, num_embeddings: int) -> dict:
     """Train one pair, and its numbers on the test split."""
     constants = driver.Config(
         data_dir=options.data_dir,
-        run_dir=options.folder / f"downsampling{downsampling}_codes{num_embeddings}",
+        run_dir=options.folder / f"grid{grid}_codes{num_embeddings}",
         image_size=options.image_size,
-        downsampling=downsampling,
+        grids=(grid,),
         num_embeddings=num_embeddings,
         vqvae_epochs=options.vqvae_epochs,
         prior_epochs=options.prior_epochs,
@@ -72,15 +72,14 @@ def measure(options: Options, slices: dict, downsampling: int, num_embeddings: i
     run.start()
     vqvae = driver.train_vqvae(constants, run, slices)
     codes = {split: driver.encode(vqvae, held.images, constants.batch_size) for split, held in slices.items()}
-    prior = driver.train_prior(constants, run, codes, slices)
+    priors = driver.train_priors(constants, run, codes, slices)
     test = slices["test"]
     reconstructions = driver.decode(vqvae, codes["test"], constants.batch_size)
     values = metrics.measures_by_slice(test.images, reconstructions)
     return {
-        "grid": vqvae.grid_size,
+        "grid": grid,
         "num_embeddings": num_embeddings,
-        **driver.measure_prior(constants, prior, codes["test"], test),
-        **metrics.code_metrics(codes["test"], num_embeddings),
+        **driver.measure_codes(constants, priors, codes["test"], test),
         **{name: float(np.nanmean(values[name])) for name in metrics.MEASURES},
     }
 

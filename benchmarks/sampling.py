@@ -80,13 +80,13 @@ def incremental(prior: model.PixelCNN, batch_size: int) -> Callable:
     """A function that draws a batch of grids by the product's way, already built."""
     positions = np.arange(batch_size, dtype=np.int32)
     uniforms = np.random.default_rng(0).random((batch_size, np.prod(prior.grid_size)), np.float32)
-    draw = sampling.compiled(lambda u, p: sampling.draw_batch(prior, u, p))
+    draw = sampling.compiled(lambda u, p: sampling.draw_batch(prior, u, [p]))
     return lambda: ops.convert_to_numpy(draw(uniforms, positions))
 
 
 def compare(grid: int, options: Options) -> dict[str, float]:
     """Seconds a batch of each way at one grid."""
-    prior = driver.make_prior(driver.Config(), (grid, grid))
+    prior = driver.make_prior(driver.Config(grids=(grid,)))
     positions = np.arange(options.batch_size, dtype=np.int32)
     uniforms = np.random.default_rng(0).random((options.batch_size, grid * grid), np.float32)
     count = min(options.slow_positions, grid * grid)
@@ -129,7 +129,7 @@ def main(options: Options) -> None:
     print(f"\n{'grid':>8} {'batch':>6} {'seconds':>9} {'µs a position':>14} {'µs a code':>10} {'GFLOP/s':>8}")
     growth = [(grid, options.batch_size) for grid in (8, *options.grids, 48)] + [(12, b) for b in (1, 5, 80)]
     for grid, batch_size in growth:
-        prior = driver.make_prior(driver.Config(), (grid, grid))
+        prior = driver.make_prior(driver.Config(grids=(grid,)))
         time_ = seconds(incremental(prior, batch_size), options.repeats)
         position = time_ / grid**2
         rate = arithmetic(prior) * batch_size / time_ / 1e9

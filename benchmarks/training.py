@@ -171,7 +171,7 @@ def make_networks(config: driver.Config, slices: dict) -> dict[str, tuple[keras.
     vqvae = driver.make_vqvae(config, slices["train"])
     steps = dataset.steps_per_epoch(len(slices["train"]), config.batch_size)
     vqvae.compile(driver.make_optimizer(config.vqvae_learning_rate, config.vqvae_epochs, steps))
-    prior = driver.make_prior(config, (vqvae.grid_size, vqvae.grid_size))
+    prior = driver.make_prior(config)
     prior.compile(driver.make_optimizer(config.prior_learning_rate, config.prior_epochs, steps))
     return {"vqvae": (vqvae, config.batch_size), "prior": (prior, config.batch_size), "student": (student, 128)}
 
