@@ -62,6 +62,9 @@ class Config:
     ema_decay: float = 0.98  # γ of the moving averages
     commitment_weight: float = 0.25  # β of the commitment loss
     restart_below: float = 0.1  # share of the mean use below which a code restarts; 0 never restarts
+    bottom_dropout: float = (
+        0.25  # of two levels: share of training slices decoded from the top alone, so that it learns
+    )
     mse_weight: float = 1.0  # of MSE / variance of the data in the reconstruction loss
     l1_weight: float = 1.0  # of the mean absolute error
     ssim_weight: float = 1.0  # of 1 − SSIM
@@ -216,7 +219,7 @@ def check(config: Config) -> None:
         require(field, lambda v: 0 <= v < float("inf"), "0 or a positive number")
     for field in ("seed", "residual_blocks", "top_k"):
         require(field, lambda v: v >= 0, "0 or more")
-    for field in ("ema_decay", "restart_below", "prior_dropout"):
+    for field in ("ema_decay", "restart_below", "bottom_dropout", "prior_dropout"):
         require(field, lambda v: 0 <= v < 1, "from 0 to below 1")
     require("num_embeddings", lambda v: v >= 2, "at least 2")
     require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
@@ -307,6 +310,7 @@ def make_vqvae(config: Config, train: dataset.Slices) -> model.VQVAE:
         l1_weight=config.l1_weight,
         ssim_weight=config.ssim_weight,
         data_variance=data_variance(train),
+        bottom_dropout=config.bottom_dropout,
         seed=config.seed,
     )
 

@@ -292,6 +292,10 @@ class VQVAE(keras.Model):
     where d, what has been decoded so far, is nothing at first and the image in the end. With one level that is the
     plain VQ-VAE.
 
+    Nothing in that makes the top hold anything: the bottom alone can carry an image, and left to itself it does, while
+    the top dies out. So in training a share `bottom_dropout` of the images is decoded with the bottom's vectors
+    replaced by their mean: the top learns to carry the image as well as it can, the bottom what it leaves.
+
     An encoder halves its input by 4 × 4 convolutions of stride 2; the image's first convolution has `channels`
     channels, all others twice as many. Residual blocks follow at a level's grid and, half as many, at twice its
     resolution. Decoders mirror that with transposed convolutions. The loss is equation 3, summed over the levels,
@@ -309,6 +313,7 @@ class VQVAE(keras.Model):
             `VectorQuantizer`; alike for all levels.
         mse_weight, l1_weight, ssim_weight: w of the reconstruction loss.
         data_variance: variance of all pixels of the training data, [0, 1] scale.
+        bottom_dropout: share of the images in a training batch that are decoded from the top alone, where there is one.
 
     Raises:
         ValueError: grids that do not fit.
@@ -336,6 +341,7 @@ class VQVAE(keras.Model):
         l1_weight: float = 1.0,
         ssim_weight: float = 1.0,
         data_variance: float = 1.0,
+        bottom_dropout: float = 0.25,
         seed: int = 0,
         name: str = "vqvae",
         **kwargs,
@@ -356,13 +362,16 @@ class VQVAE(keras.Model):
             "l1_weight": l1_weight,
             "ssim_weight": ssim_weight,
             "data_variance": data_variance,
+            "bottom_dropout": bottom_dropout,
             "seed": seed,
         }
         check_grids(image_size, grids)
         self.image_size, self.grids = image_size, tuple(grids)
         self.level_names = level_names(len(grids))
         self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
-        self.data_variance = data_variance
+        self.data_variance, self.bottom_dropout = data_variance, bottom_dropout
+        if len(grids) > 1:
+            self.seed_generator = keras.random.SeedGenerator(seed)
 
         self.encoders, self.projections, self.quantizers, self.decoders = [], [], [], []  # the coarsest level first
         for level, (grid, finer) in enumerate(zip(grids, [*grids[1:], image_size], strict=True)):
@@ -396,9 +405,17 @@ class VQVAE(keras.Model):
         for level, features in enumerate(self.features(images)):
             vectors = self.projections[level](_join(features, decoded))
             quantized, _ = self.quantizers[level](vectors, training=training)
+            if training and level:
+                quantized = self._drop(quantized)
             decoded = self.decoders[level](_join(quantized, decoded))
         reconstructions = ops.cast(decoded, "float32")
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
+
+    def _drop(self, quantized):
+        """Some images' vectors (B, h, w, D) replaced by the mean of all."""
+        mean = ops.stop_gradient(ops.mean(quantized, axis=(0, 1, 2), keepdims=True))
+        drawn = keras.random.uniform((ops.shape(quantized)[0], 1, 1, 1), seed=self.seed_generator)
+        return ops.where(drawn < self.bottom_dropout, mean, quantized)
 
     def features(self, images):
         """What the encoders make of images (B, H, W, 1): a list (B, h, w, 2 · channels), the coarsest level first."""

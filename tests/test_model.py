@@ -233,10 +233,40 @@ def test_the_bottom_is_quantized_given_the_top_and_the_decoder_reads_both():
     assert not np.array_equal(bottom, vqvae.encode(x)[1])
 
 
+def top_alone(vqvae: model.VQVAE, x: np.ndarray) -> np.ndarray:
+    """Images of the top's codes, the bottom's vectors replaced by their mean."""
+    top, bottom = (layer.lookup(codes) for layer, codes in zip(vqvae.quantizers, vqvae.encode(x), strict=True))
+    mean = ops.mean(bottom, axis=(0, 1, 2), keepdims=True)
+    return ops.convert_to_numpy(vqvae.decode([top, ops.broadcast_to(mean, bottom.shape)]))
+
+
+def test_the_top_carries_what_it_can():
+    x = np.repeat(images(8, 4), 8, axis=1).repeat(8, axis=2)  # 4 × 4 squares: all of it fits the top's 4 × 4 codes
+    vqvae = small_vqvae(grids=(4, 8), num_embeddings=64)
+    vqvae.compile(keras.optimizers.Adam(3e-3))
+    vqvae.fit(x, epochs=60, batch_size=8, verbose=0)
+    told_nothing = np.abs(x - x.mean(axis=0)).mean()
+    assert np.abs(x - top_alone(vqvae, x)).mean() < 0.6 * told_nothing
+
+
+def test_bottom_dropout_replaces_whole_images_by_the_mean_and_only_in_training():
+    vqvae, vectors = small_vqvae(grids=(4, 8), bottom_dropout=0.5), RNG.normal(size=(64, 2, 2, 4)).astype(np.float32)
+    dropped = ops.convert_to_numpy(vqvae._drop(vectors))
+    mean = vectors.mean(axis=(0, 1, 2))
+    replaced = np.isclose(dropped, mean, atol=1e-6).all(axis=(1, 2, 3))
+    assert 0.25 < replaced.mean() < 0.75
+    np.testing.assert_array_equal(dropped[~replaced], vectors[~replaced])
+    x = images(2)
+    np.testing.assert_array_equal(vqvae(x), vqvae(x))
+
+
 @pytest.mark.parametrize("grids", [(4,), (4, 8)])
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_training_lowers_every_error_and_reports_the_parts(codebook, grids):
-    vqvae, x = small_vqvae(codebook=codebook, grids=grids), np.repeat(images(4, 4), 8, axis=1).repeat(8, axis=2)
+    vqvae, x = (
+        small_vqvae(codebook=codebook, grids=grids, bottom_dropout=0.0),
+        np.repeat(images(4, 4), 8, axis=1).repeat(8, axis=2),
+    )
     vqvae.compile(keras.optimizers.Adam(3e-3))
     history = vqvae.fit(x, epochs=30, batch_size=4, verbose=0).history
     prefixes = [""] if len(grids) == 1 else ["top_", "bottom_"]
