@@ -107,7 +107,14 @@ def _preset(name: str, about: str, **constants) -> dict[str, Preset]:
 
 
 # What all earlier systems share, where they differ from this one.
-_EARLIER = {"codebook": "gradient", "restart_below": 0.0, "augment": False, "l1_weight": 0.0, "ssim_weight": 0.0}
+_EARLIER = {
+    "codebook": "gradient",
+    "restart_below": 0.0,
+    "bottom_dropout": 0.0,
+    "augment": False,
+    "l1_weight": 0.0,
+    "ssim_weight": 0.0,
+}
 
 PRESETS = {
     **_preset("oasis96", "one level of 12 × 12 codes; 40 min on 2 cores, test SSIM 0.940 at 760 bits an image"),
