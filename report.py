@@ -116,8 +116,8 @@ def _reconstruction(constants: dict, n: dict) -> Finding:
     size, bits = constants["image_size"], n["prior_bits_per_image"]
     finding = Finding(
         "Reconstruction",
-        f"Reconstructs unseen people at SSIM {_number(n['ssim'])} {_between(n['ssim_interval'])}, the brain alone at "
-        f"{_number(n['ssim_brain'])} {_between(n['ssim_brain_interval'])}, PSNR {n['psnr_db']:.1f} dB, from "
+        f"Reconstructs unseen people at SSIM {_number(n['ssim'])}{_between(n['ssim_interval'])}, the brain alone at "
+        f"{_number(n['ssim_brain'])}{_between(n['ssim_brain_interval'])}, PSNR {n['psnr_db']:.1f} dB, from "
         f"{bits:,.0f} bits an image.",
     )
     finding.add(True, f"An 8-bit slice of {size} × {size} pixels is {size * size * 8 / bits:,.0f} times as many bits.")
@@ -249,11 +249,11 @@ def _percent(share: float, digits: int = 0) -> str:
 def _number(value: float | dict | None, digits: int = 3) -> str:
     """A number, or the accuracy of a two-sample test, for people; a dash where there is none."""
     if isinstance(value, dict):
-        return f"{_number(value['accuracy'], 2)} {_between(value['accuracy_interval'], 2)}".strip()
+        return _number(value["accuracy"], 2) + _between(value["accuracy_interval"], 2)
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _between(interval: list, digits: int = 3) -> str:
-    """A 95 % interval in brackets, nothing where there is none."""
+    """A 95 % interval in brackets after a space, nothing where there is none."""
     lower, upper = interval
-    return "" if lower is None else f"({lower:.{digits}f} to {upper:.{digits}f})"
+    return "" if lower is None else f" ({lower:.{digits}f} to {upper:.{digits}f})"
