@@ -803,13 +803,14 @@ class PixelCNN(keras.Model):
         codes, *told = inputs
         condition = self.condition(*told)
         embedded = self.embedding(codes)  # (B, h, w, filters)
+        place = ops.cast(self.place, self.compute_dtype)
         if self.gated:
-            vertical = self.first_vertical(embedded) + self.place
+            vertical = self.first_vertical(embedded) + place
             features = self.first_horizontal(embedded) + vertical
             for block in self.blocks:
                 vertical, features = block(vertical, features, condition, training=training)
         else:
-            features = self.first(embedded) + self.place
+            features = self.first(embedded) + place
             for block in self.blocks:
                 features = block(features, condition, training=training)
         return self.head(features)
