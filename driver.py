@@ -120,7 +120,7 @@ PRESETS = {
     **_preset("oasis96", "one level of 12 × 12 codes; 40 min on 2 cores, test SSIM 0.940 at 760 bits an image"),
     **_preset(
         "oasis128",
-        "two levels, 16 × 16 and 32 × 32, of 128 × 128 slices",
+        "two levels, 16 × 16 and 32 × 32, at 128 × 128; 42 min on 2 cores, test SSIM 0.972 at 4,071 bits an image",
         image_size=128,
         grids=(16, 32),
         channels=32,
@@ -129,7 +129,7 @@ PRESETS = {
     ),
     **_preset(
         "oasis256",
-        "two levels, 32 × 32 and 64 × 64, of 256 × 256 slices",
+        "two levels, 32 × 32 and 64 × 64, at 256 × 256; not run to its end yet",
         image_size=256,
         grids=(32, 64),
         channels=32,
@@ -138,7 +138,7 @@ PRESETS = {
     ),
     **_preset(
         "student96",
-        "as earlier work: 12 × 12 codes, 128 of 16 dimensions, no residual blocks, plain prior",
+        "as earlier work: 12 × 12 codes, 128 of 16 dimensions, no residual blocks, plain prior; not run yet",
         channels=32,
         residual_blocks=0,
         num_embeddings=128,
