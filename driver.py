@@ -38,7 +38,7 @@ import plots
 import report
 import sampling
 
-PROJECT_VERSION = "0.1.0"
+PROJECT_VERSION = "0.2.0"
 
 
 @dataclass(frozen=True)
