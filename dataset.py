@@ -1,7 +1,7 @@
 """Find, check, split and decode OASIS brain slices, and feed them to training.
 
     slices = load(data_dir, image_size=96, seed=0)          # {"train": Slices, "validate": …, "test": …}
-    batches = training_batches(slices["train"], 32, seed=0) # tf.data, shuffled by (seed, epoch)
+    batches = image_batches(slices["train"], 32, seed=0)    # tf.data, shuffled by (seed, epoch)
 
 Images stay uint8 in memory; only a batch at a time becomes float32.
 """

@@ -1,6 +1,6 @@
 """Every number in metrics.json: reconstructions, codes, likelihood, and how new brains compare with real ones.
 
-Nothing here is drawn from global random state: the same images and seed give the same numbers.
+The same images and seed give the same numbers, whatever ran before.
 """
 
 import math

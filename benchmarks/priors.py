@@ -75,7 +75,7 @@ def main(options: Options) -> None:
     for name, prior in variants(config, options.level).items():
         prior.compile(driver.make_optimizer(config.prior_learning_rate, options.epochs, steps))
         begun = time.monotonic()
-        told = options.level if prior.coarse_grid_size else 0
+        told = prior.coarse_grid_size is not None
         history = prior.fit(
             batches(config, codes["train"], train, options.level, told, config.seed),
             epochs=options.epochs,
@@ -90,7 +90,7 @@ def main(options: Options) -> None:
     print(json.dumps(summary))
 
 
-def batches(config: driver.Config, codes: list, held: dataset.Slices, level: int, told: int, seed: int | None = None):
+def batches(config: driver.Config, codes: list, held: dataset.Slices, level: int, told: bool, seed: int | None = None):
     """Batches of a level's codes; with the coarser level's where the prior is told them."""
     coarse = codes[level - 1] if told else None
     return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, coarse=coarse)
