@@ -6,8 +6,12 @@
 Images stay uint8 in memory; only a batch at a time becomes float32.
 """
 
+import dataclasses
+import hashlib
 import os
 import re
+import stat
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +37,7 @@ SPLIT_NAMES = {
 }
 MASK_WORDS = {"seg", "segmentation", "mask", "masks", "label", "labels"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_SIDE = 4096  # pixels of a PNG: sixteen times a slice's; larger ones are refused before they are decoded
 
 
 class DataError(Exception):
@@ -63,23 +68,59 @@ class Slices:
         return len(self.images)
 
 
-def load(data_dir: Path | None, image_size: int, seed: int) -> dict[str, Slices]:
-    """Load all three splits; no person is in two of them.
+def load(data_dir: Path | None, image_size: int, seed: int, skip_broken: bool = False) -> dict[str, Slices]:
+    """Load all three splits; no person, and no picture, is in two of them.
+
+    What can be used is used; what is odd about it is counted in a warning on stderr.
 
     Args:
         data_dir: a folder of PNG slices in one of the layouts of `find`; None makes synthetic slices.
         image_size: height and width of the images in pixels.
         seed: fixes the synthetic people and, where the folder is not split already, the split.
+        skip_broken: leave files that cannot be read out, listing each on stderr.
 
     Returns:
         {"train", "validate", "test"}: `Slices` with images (N, image_size, image_size, 1).
 
     Raises:
-        DataError: nothing usable there, or a file that is not a readable PNG.
+        DataError: nothing usable there, the same picture in two splits, or a file that is not a readable PNG.
     """
     if data_dir is None:
         return synthesise(image_size, seed)
-    return {split: decode(files, image_size, split) for split, files in find(data_dir, seed).items()}
+    splits = find(data_dir, seed)
+    files = [file for split in SPLITS for file in splits[split]]
+    images, readable = decode(files, image_size, skip_broken)
+    slices, begin = {}, 0
+    for split in SPLITS:
+        rows = np.arange(begin, begin + len(splits[split]))
+        begin += len(rows)
+        used = rows[readable[rows]]
+        if not len(used):
+            raise DataError(f"{data_dir}: no slice of the {split} split can be read; replace the broken files")
+        whole = slice(used[0], used[-1] + 1) if len(used) == len(rows) else used  # no copy where all are used
+        positions = np.array([files[i].position for i in used], np.int32)
+        slices[split] = Slices(images[whole], positions, np.array([files[i].case for i in used]))
+    _refuse_shared_pictures(images, files, [split for split in SPLITS for _ in splits[split]], readable)
+    return slices
+
+
+def fingerprint(slices: dict[str, Slices]) -> str:
+    """A checksum (SHA-256) of all slices, with their splits, people and positions."""
+    digest = hashlib.sha256()
+    for split, held in slices.items():
+        digest.update(f"{split} {held.images.shape} {held.cases.tolist()}".encode("utf-8", "surrogateescape"))
+        digest.update(held.positions.tobytes())
+        digest.update(np.ascontiguousarray(held.images))
+    return digest.hexdigest()
+
+
+def one_line(text) -> str:
+    """Text for a message of one line: line ends, and all else that cannot be printed, written as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {one_line(text)}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- finding
@@ -98,9 +139,15 @@ def find(data_dir: Path, seed: int = 0) -> dict[str, list[SliceFile]]:
         DataError: no such folder, no slices, a split that is missing or empty, a case in two splits.
     """
     data_dir = Path(data_dir)
-    if not data_dir.exists():
-        raise DataError(f"{data_dir}: no such folder; set data_dir to the folder with the PNG slices")
-    if not data_dir.is_dir():
+    try:
+        kind = os.stat(data_dir).st_mode
+    except FileNotFoundError as error:
+        raise DataError(f"{data_dir}: no such folder; set data_dir to the folder with the PNG slices") from error
+    except OSError as error:
+        raise DataError(
+            f"{data_dir}: cannot be read ({error.strerror}); set data_dir to the folder with the PNG slices"
+        ) from error
+    if not stat.S_ISDIR(kind):
         raise DataError(f"{data_dir}: is a file; set data_dir to the folder with the PNG slices")
     folders = _split_folders(data_dir)
     if folders:
@@ -160,33 +207,33 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+    return [Path(entry.path) for entry in _entries(folder) if os.path.isdir(entry)]
 
 
 def _slices_below(folder: Path, data_dir: Path) -> list[SliceFile]:
     """The slices in a folder and one level below, masks left out."""
     if _is_mask(folder.name):
         return []
+    places = {os.path.realpath(place): place for place in [*_subfolders(folder), folder]}  # links may lead in circles
     return [
         _slice_file(Path(entry.path), data_dir)
-        for place in [folder, *_subfolders(folder)]
+        for place in reversed(places.values())
         for entry in _entries(place)
-        if entry.name.lower().endswith(".png") and entry.is_file()
+        if entry.name.lower().endswith(".png") and not os.path.isdir(entry)
     ]
 
 
 def _slice_file(path: Path, data_dir: Path) -> SliceFile:
     """Read case and position from a name such as `case_001_slice_0.nii.png`."""
-    match = re.match(r"(.+?)[_-]slice[_-]?(\d+)", path.name, re.IGNORECASE)
+    match = re.match(r"(.+?)[_-]slice[_-]?(\d{1,6})(?!\d)", path.name, re.IGNORECASE | re.DOTALL)
     if match:
         return SliceFile(path, match[1], int(match[2]))
     return SliceFile(path, os.path.relpath(path, data_dir), 0)
 
 
 def _what_is_there(folder: Path) -> str:
-    names = [path.name for place in [folder, *folder.iterdir()] if place.is_dir() for path in place.iterdir()]
-    pngs = [name for name in names if name.lower().endswith(".png")]
-    if pngs:
+    names = [name for place in [folder, *folder.iterdir()] if os.path.isdir(place) for name in os.listdir(place)]
+    if any(name.lower().endswith(".png") for name in names):
         return "holds masks only, no slices"
     return "is empty" if not names else "holds no PNG files"
 
@@ -194,10 +241,9 @@ def _what_is_there(folder: Path) -> str:
 def _warn_of_unnamed_cases(splits: dict[str, list[SliceFile]]) -> None:
     unnamed = [f.path for files in splits.values() for f in files if os.sep in f.case or f.case == f.path.name]
     if unnamed:
-        print(
-            f"warning: {len(unnamed)} files such as {unnamed[0].name} name no case and slice "
-            "(case_001_slice_0.nii.png); each counts as a person of its own, at slice position 0",
-            file=sys.stderr,
+        _warn(
+            f"{len(unnamed)} files such as {unnamed[0].name} name no case and slice (case_001_slice_0.nii.png); "
+            "each counts as a person of its own, at slice position 0"
         )
 
 
@@ -224,53 +270,112 @@ def split_by_case(files: list[SliceFile], seed: int) -> dict[str, list[SliceFile
 # --------------------------------------------------------------------------------------------- decoding
 
 
-def decode(files: list[SliceFile], image_size: int, name: str = "") -> Slices:
-    """Decode PNGs in parallel into one uint8 array, showing progress.
+@dataclass(frozen=True)
+class Picture:
+    """A decoded PNG.
+
+    grey: (image_size, image_size) uint8. size: width and height before it was resized. oddities: what a user
+    should know about it.
+    """
+
+    grey: np.ndarray
+    size: tuple[int, int]
+    oddities: tuple[str, ...]
+
+
+ANIMATED = "animated: only the first picture of each is used"
+COLOURED = "in colour: converted to grey"
+BLANK = "of one grey level all over: used, but no brains"
+
+
+def decode(files: list[SliceFile], image_size: int, skip_broken: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Decode PNGs in parallel into one uint8 array, showing progress; warns of odd ones, counting them.
+
+    Args:
+        skip_broken: leave files that cannot be read black, listing each on stderr.
+
+    Returns:
+        images (N, image_size, image_size, 1) uint8, and which of them could be read, (N,) bool.
 
     Raises:
         DataError: a file is not a PNG or is broken; the message names it.
     """
-    images = np.empty((len(files), image_size, image_size, 1), np.uint8)
+    images = np.zeros((len(files), image_size, image_size, 1), np.uint8)
+    readable = np.ones(len(files), bool)
 
-    def read_into(i: int) -> None:
-        images[i, :, :, 0] = read_png(files[i].path, image_size)
+    def read(i: int) -> Picture | DataError:
+        try:
+            picture = _read(files[i].path, image_size)
+        except DataError as error:
+            return error
+        images[i, :, :, 0] = picture.grey
+        return dataclasses.replace(picture, grey=None)
 
-    progress = progress_bar(len(files), f"{name} slices")
+    progress, odd, sizes = progress_bar(len(files), "slices"), {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for _ in pool.map(read_into, range(len(files))):
+            for i, result in enumerate(pool.map(read, range(len(files)))):
                 progress.add(1)
+                if isinstance(result, Picture):
+                    sizes.setdefault(result.size, []).append(files[i].path)
+                    for oddity in result.oddities:
+                        odd.setdefault(oddity, []).append(files[i].path)
+                elif skip_broken:
+                    readable[i] = False
+                    _warn(f"left out: {result}")
+                else:
+                    raise DataError(f"{result}; replace or remove it, or leave such files out: --skip-broken-slices")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return Slices(
-        images, np.array([file.position for file in files], np.int32), np.array([file.case for file in files])
+    for oddity, paths in odd.items():
+        _warn(f"{len(paths)} slices such as {paths[0].name} are {oddity}")
+    _warn_of_mixed_sizes(sizes, image_size)
+    return images, readable
+
+
+def _warn_of_mixed_sizes(sizes: dict[tuple[int, int], list[Path]], image_size: int) -> None:
+    if len(sizes) < 2:
+        return
+    (width, height), most = max(sizes.items(), key=lambda item: len(item[1]))
+    others = [path for size, paths in sizes.items() if size != (width, height) for path in paths]
+    _warn(
+        f"{len(others)} slices such as {others[0].name} are not {width} × {height} as the other {len(most)} are; all "
+        f"become {image_size} × {image_size}, whatever a pixel was in millimetres"
     )
 
 
 def read_png(path: Path, image_size: int) -> np.ndarray:
     """Read one PNG as grey.
 
-    8- and 16-bit grey, RGB and palette images become 8-bit grey; transparent pixels become black. An image
+    Grey of 1 to 16 bits, RGB and palette images become 8-bit grey; transparent pixels become black. An image
     that is not square is padded with black to a square first, then resized with an antialiasing filter.
 
     Returns:
         uint8 array (image_size, image_size).
 
     Raises:
-        DataError: the file is not a PNG, or is broken.
+        DataError: the file is not a PNG, is broken or larger than `MAX_SIDE`; the message names it and says why.
     """
+    return _read(path, image_size).grey
+
+
+def _read(path: Path, image_size: int) -> Picture:
     try:
+        size = _read_size(path)
         with Image.open(path, formats=("PNG",)) as picture:
-            grey = _to_grey(picture)
+            if picture.size != size:
+                raise ValueError("its size changes within the file")
+            oddities = [ANIMATED] if getattr(picture, "is_animated", False) else []
+            grey, coloured = _to_grey(picture)
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
-        with open(path, "rb") as file:
-            is_png = file.read(8) == PNG_SIGNATURE
-        problem = "is a broken PNG" if is_png else "is not a PNG image, whatever its name says"
-        raise DataError(f"{path}: {problem}; replace or remove it") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or f"is a broken PNG ({error})"
-        raise DataError(f"{path}: {reason}; replace or remove it") from error
+        raise DataError(f"{path}: is a broken PNG (its header makes no sense)") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or f'is a broken PNG ({error})'}") from error
+    except Exception as error:  # Pillow meets broken files with exceptions of any kind
+        raise DataError(f"{path}: is a broken PNG ({error})") from error
     if grey.width != grey.height:
         side = max(grey.size)
         square = Image.new("L", (side, side))
@@ -278,16 +383,54 @@ def read_png(path: Path, image_size: int) -> np.ndarray:
         grey = square
     if grey.size != (image_size, image_size):
         grey = grey.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(grey)
+    oddities += [COLOURED] if coloured else []
+    oddities += [BLANK] if len(set(grey.getextrema())) == 1 else []
+    return Picture(np.asarray(grey), size, tuple(oddities))
 
 
-def _to_grey(picture: Image.Image) -> Image.Image:
+def _read_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG from its header. Raises DataError for what is no PNG, or too large to be a slice."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise DataError(f"{path}: is not a file")
+    with open(path, "rb") as file:
+        header = file.read(24)
+    if not header:
+        raise DataError(f"{path}: is empty")
+    if not header.startswith(PNG_SIGNATURE):
+        raise DataError(f"{path}: is not a PNG image, whatever its name says")
+    if header[12:16] != b"IHDR" or len(header) < 24:
+        raise DataError(f"{path}: is a broken PNG (it has no header)")
+    width, height = struct.unpack(">II", header[16:])
+    if max(width, height) > MAX_SIDE:
+        raise DataError(f"{path}: is {width} × {height} pixels, too large for a slice (at most {MAX_SIDE} a side)")
+    return width, height
+
+
+def _to_grey(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """The picture in 8-bit grey, and whether it was in colour."""
     if picture.mode.startswith("I"):  # 16 bit
-        return Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8)), False
     if "A" in picture.mode or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
-    return picture.convert("L")
+    if picture.mode in ("1", "L"):
+        return picture.convert("L"), False
+    red, green, blue = (np.asarray(channel) for channel in picture.convert("RGB").split())
+    return picture.convert("L"), not (np.array_equal(red, green) and np.array_equal(green, blue))
+
+
+def _refuse_shared_pictures(images: np.ndarray, files: list[SliceFile], splits: list[str], used: np.ndarray) -> None:
+    """Raises DataError where two splits hold the same picture, under whatever names; blank ones may be shared."""
+    first = {}
+    for i in np.flatnonzero(used):
+        if images[i].min() == images[i].max():
+            continue
+        j = first.setdefault(hashlib.sha256(images[i]).digest(), i)
+        if splits[j] != splits[i]:
+            raise DataError(
+                f"{files[i].path}: is the same picture as {files[j].path} of the {splits[j]} split; keep all slices "
+                "of a person in one split"
+            )
 
 
 def synthesise(image_size: int, seed: int) -> dict[str, Slices]:

@@ -3,23 +3,25 @@
     python driver.py                             synthetic slices, for trying it out
     python driver.py --data-dir /path/to/slices  OASIS slices
 
-Everything goes to the run folder. Started again with the same constants, a run goes on after its last
-finished step.
+Everything goes to the run folder. Killed or stopped at any moment and started again with the same constants, a run
+goes on after its last finished epoch or step, to the same bytes.
 """
 
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty where there is no GPU
+if __name__ == "__main__":  # Ctrl-C while the imports below take their seconds; from then on see checkpoint.Stopped
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 import argparse
 import contextlib
-import csv
 import dataclasses
+import difflib
 import json
 import platform
-import shutil
 import sys
-import time
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,9 +30,11 @@ from typing import Literal
 
 import keras
 import numpy as np
+import tensorflow as tf
 import tyro
 from PIL import Image
 
+import checkpoint
 import dataset
 import metrics
 import model
@@ -38,7 +42,7 @@ import plots
 import report
 import sampling
 
-PROJECT_VERSION = "0.2.0"
+PROJECT_VERSION = "0.3.0"
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Config:
     run_dir: Path | None = (
         None  # where everything of this run goes; None: runs/ and the name, "-synthetic" without data
     )
+    skip_broken_slices: bool = False  # leave files that cannot be read out, listing each; else they end the run
     seed: int = 0  # fixes initial weights, shuffles, restarts, dropout, samples and synthetic people
 
     image_size: int = 96  # height and width in pixels; slices are resized to it
@@ -92,6 +97,17 @@ class Config:
     temperature: float = 1.0  # below 1 draws likelier codes, above 1 more varied ones
     top_k: int = 0  # draw among the k likeliest codes only; 0: all
     top_p: float = 1.0  # draw among the likeliest codes that hold this share of the probability
+
+    def __post_init__(self):
+        """Takes a path given as text, and a list of numbers, for what they mean."""
+        for field, given, meant in (
+            ("data_dir", str, Path),
+            ("run_dir", str, Path),
+            ("grids", list, tuple),
+            ("sample_positions", list, tuple),
+        ):
+            if isinstance(getattr(self, field), given):
+                object.__setattr__(self, field, meant(getattr(self, field)))
 
 
 @dataclass(frozen=True)
@@ -185,11 +201,21 @@ PRESETS = {
 
 
 SAMPLING_CONSTANTS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")
+FILES_OF_SAMPLES = (  # what depends on those
+    "samples",
+    "metrics.json",
+    *(f"images/{name}.png" for name in ("samples", "samples_by_position", "power_spectrum", "copies")),
+)
 
 
 def prior_names(config: Config) -> tuple[str, ...]:
     """The stages after the VQ-VAE, a prior for each level, the coarsest first."""
     return tuple(f"{level}_prior".lstrip("_") for level in model.level_names(len(config.grids)))
+
+
+def prefixes(config: Config) -> list[str]:
+    """What stands before the names of each level's files and columns: nothing where there is one level."""
+    return [f"{level}_".lstrip("_") for level in model.level_names(len(config.grids))]
 
 
 def picture_names(config: Config) -> tuple[str, ...]:
@@ -215,6 +241,8 @@ def check(config: Config) -> None:
         if not holds(value):
             raise ConfigError(f"{field} is {value}: must be {must}")
 
+    for field, kind in typing.get_type_hints(Config).items():
+        require(field, lambda v, kind=kind: _is_a(v, kind), _described(kind))
     positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
     positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
     positive += ("prior_patience", "num_samples")
@@ -226,11 +254,13 @@ def check(config: Config) -> None:
         require(field, lambda v: 0 <= v < float("inf"), "0 or a positive number")
     for field in ("seed", "residual_blocks", "top_k"):
         require(field, lambda v: v >= 0, "0 or more")
+    require("seed", lambda v: v < 2**32, "below 4294967296")
     for field in ("ema_decay", "restart_below", "bottom_dropout", "prior_dropout"):
         require(field, lambda v: 0 <= v < 1, "from 0 to below 1")
     require("num_embeddings", lambda v: v >= 2, "at least 2")
     require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
     require("image_size", lambda v: v >= 16, "at least 16 (SSIM's window is 11 pixels wide)")
+    require("image_size", lambda v: v <= 4096, "at most 4096")
     require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd, and at least 3")
     if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
         raise ConfigError(
@@ -249,6 +279,45 @@ def check(config: Config) -> None:
             raise ConfigError(f"prior_blocks is {config.prior_blocks}: {error}") from error
 
 
+def _is_a(value, kind) -> bool:
+    """Whether a constant is of the type that `Config` says."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_is_a(value, one) for one in arguments)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _described(kind) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    return names.get(kind, "whole numbers in brackets, as in (32, 64)" if "tuple" in str(kind) else "a path or None")
+
+
+def check_slices(config: Config, slices: dict[str, dataset.Slices]) -> None:
+    """Refuse, or warn of, what does not go with the slices that were found.
+
+    Raises:
+        ConfigError: a slice position to draw that no training slice has.
+    """
+    known, count = np.unique(slices["train"].positions), len(slices["train"])
+    unknown = sorted(set(config.sample_positions) - set(known.tolist()))
+    if unknown:
+        raise ConfigError(f"sample_positions has {unknown[0]}: the training slices have {known.min()} to {known.max()}")
+    if count < config.batch_size:
+        print(
+            f"warning: {count} training slices are fewer than batch_size {config.batch_size}: each step takes all of "
+            "them",
+            file=sys.stderr,
+        )
+
+
 # ---------------------------------------------------------------------------------------------- the steps
 
 
@@ -256,38 +325,36 @@ def main(config: Config) -> dict:
     """Run all steps that are not done yet, in order; returns what stands in metrics.json.
 
     Raises:
-        ConfigError: a constant cannot work, or the run folder holds a run with other constants.
+        ConfigError: a constant cannot work.
         dataset.DataError: the data cannot be used.
+        checkpoint.RunError: the run folder cannot be used, or the run cannot go on.
+        checkpoint.Stopped: Ctrl-C or SIGTERM, where `checkpoint.stop_on_signals` was called.
     """
     check(config)
-    run = Run(config)
-    if run.is_complete():
+    run = open_run(config)
+    if run.has(all_files(config)):
         print(f"{run.folder} is complete; nothing to do. Another run_dir or seed makes another run.")
-        return run.finish()
+        return finish(config, run)
 
     print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, since data_dir is not set")
-    slices = dataset.load(config.data_dir, config.image_size, config.seed)
+    slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
     for split, held in slices.items():
         print(f"  {split}: {len(held)} slices of {len(set(held.cases))} people")
-    known = np.unique(slices["train"].positions)
-    unknown = sorted(set(config.sample_positions) - set(known.tolist()))
-    if unknown:
-        raise ConfigError(f"sample_positions has {unknown[0]}: the training slices have {known.min()} to {known.max()}")
-    run.start()
-
-    vqvae = train_vqvae(config, run, slices)
-    codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
-    priors = train_priors(config, run, codes, slices)
-    draw_samples(config, run, vqvae, priors, slices)
-    made = Made(
-        validate=decode(vqvae, codes["validate"], config.batch_size),
-        test=decode(vqvae, codes["test"], config.batch_size),
-        drawn=decode(vqvae, run.load_codes("measured_codes"), config.batch_size),
-    )
-    measure(config, run, priors, codes["test"], slices, made)
-    draw_pictures(config, run, vqvae, priors, codes["test"], slices, made)
-    write_report(config, run)
-    return run.finish()
+    check_slices(config, slices)
+    with run.start(dataset.fingerprint(slices)):
+        vqvae = train_vqvae(config, run, slices)
+        codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
+        priors = train_priors(config, run, codes, slices)
+        draw_samples(config, run, vqvae, priors, slices)
+        made = Made(
+            validate=decode(vqvae, codes["validate"], config.batch_size),
+            test=decode(vqvae, codes["test"], config.batch_size),
+            drawn=decode(vqvae, read_codes(config, run, "measured_codes", len(slices["test"])), config.batch_size),
+        )
+        measure(config, run, priors, codes["test"], slices, made)
+        draw_pictures(config, run, vqvae, priors, codes["test"], slices, made)
+        write_report(config, run)
+        return finish(config, run)
 
 
 @dataclass(frozen=True)
@@ -365,95 +432,111 @@ def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optim
     return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
 
 
-def train_vqvae(config: Config, run: "Run", slices: dict[str, dataset.Slices]) -> model.VQVAE:
-    """Train the VQ-VAE, or load it if that is done."""
-    path = run.folder / "vqvae.keras"
-    if path.exists():
-        return keras.saving.load_model(path, compile=False)
-    with precision(config.precision):
-        vqvae = make_vqvae(config, slices["train"])
+def train_vqvae(config: Config, run: checkpoint.Run, slices: dict[str, dataset.Slices]) -> model.VQVAE:
+    """The trained VQ-VAE."""
     train, validate = slices["train"], slices["validate"]
-    fit(
-        vqvae,
+    return train_stage(
+        config,
         run,
-        training=dataset.image_batches(train, config.batch_size, config.seed, augmented=config.augment),
+        "vqvae",
+        make=lambda: make_vqvae(config, train),
+        training=lambda epoch: dataset.image_batches(
+            train, config.batch_size, config.seed, epoch, augmented=config.augment
+        ),
         validation=dataset.image_batches(validate, config.batch_size),
         steps=dataset.steps_per_epoch(len(train), config.batch_size),
-        epochs=config.vqvae_epochs,
-        learning_rate=config.vqvae_learning_rate,
-        patience=config.vqvae_patience,
         monitor="val_reconstruction",
-        path=path,
     )
-    return keras.saving.load_model(path, compile=False)
 
 
-def train_priors(config: Config, run: "Run", codes: dict[str, list], slices: dict) -> list[model.PixelCNN]:
-    """Train the prior of each level on its code indices, or load it if that is done, the coarsest level first."""
+def train_priors(
+    config: Config, run: checkpoint.Run, codes: dict[str, list], slices: dict[str, dataset.Slices]
+) -> list[model.PixelCNN]:
+    """The trained prior of each level, the coarsest first."""
     return [train_prior(config, run, codes, slices, level) for level in range(len(config.grids))]
 
 
-def train_prior(config: Config, run: "Run", codes: dict[str, list], slices: dict, level: int) -> model.PixelCNN:
-    """Train one level's prior, or load it if that is done."""
-    path = run.folder / f"{prior_names(config)[level]}.keras"
-    if path.exists():
-        return keras.saving.load_model(path, compile=False)
-    with precision(config.precision):
-        prior = make_prior(config, level)
-    fit(
-        prior,
+def train_prior(
+    config: Config, run: checkpoint.Run, codes: dict[str, list], slices: dict[str, dataset.Slices], level: int
+) -> model.PixelCNN:
+    """The trained prior of one level's code indices, (N, h, w) of each split and level."""
+    return train_stage(
+        config,
         run,
-        training=prior_batches(config, codes["train"], slices["train"], level, config.seed),
+        prior_names(config)[level],
+        make=lambda: make_prior(config, level),
+        training=lambda epoch: prior_batches(config, codes["train"], slices["train"], level, config.seed, epoch),
         validation=prior_batches(config, codes["validate"], slices["validate"], level),
         steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
-        epochs=config.prior_epochs,
-        learning_rate=config.prior_learning_rate,
-        patience=config.prior_patience,
         monitor="val_loss",
-        path=path,
     )
-    return keras.saving.load_model(path, compile=False)
 
 
-def prior_batches(config: Config, codes: list[np.ndarray], held: dataset.Slices, level: int, seed: int | None = None):
-    """Batches for a level's prior of one split's codes, all levels' of them."""
-    coarse = codes[level - 1] if level else None
-    return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, coarse=coarse)
+def train_stage(
+    config: Config,
+    run: checkpoint.Run,
+    stage: str,
+    make: Callable[[], keras.Model],
+    training: Callable[[int], tf.data.Dataset],
+    validation: tf.data.Dataset,
+    steps: int,
+    monitor: str,
+) -> keras.Model:
+    """Train either network, or go on with it, and save the best one on validation; or load it if that is done.
 
-
-def fit(network, run, training, validation, steps, epochs, learning_rate, patience, monitor, path) -> None:
-    """Train either network and save the best one on validation to `path`, whole or not at all."""
-    print(
-        f"\ntraining {path.stem}: {network.count_params():,} weights, {steps} steps an epoch, at most {epochs} epochs"
-    )
-    network.compile(make_optimizer(learning_rate, epochs, steps))
-    unfinished = run.folder / "checkpoint" / path.name
-    unfinished.parent.mkdir(exist_ok=True)
-    network.fit(
-        training,
-        epochs=epochs,
-        steps_per_epoch=steps,
-        shuffle=False,  # the pipeline has done it
-        validation_data=validation,
-        verbose=1 if sys.stdout.isatty() else 2,
-        callbacks=[
-            SeedEpoch(run.config.seed),
-            History(run, path.stem),
-            keras.callbacks.TensorBoard(run.folder / "logs" / path.stem),
-            keras.callbacks.ModelCheckpoint(unfinished, monitor, save_best_only=True, mode="min"),
-            keras.callbacks.EarlyStopping(monitor, patience=patience, mode="min", verbose=1),
-            keras.callbacks.TerminateOnNaN(),
-        ],
-    )
-    if not np.isfinite(run.history[-1]["loss"]):
-        rate = "vqvae_learning_rate" if path.stem == "vqvae" else "prior_learning_rate"
-        raise ConfigError(
-            f"{rate} is {learning_rate}: the loss is no longer a number in epoch {run.history[-1]['epoch']}; "
-            "choose a lower rate"
+    Args:
+        make: makes the untrained network, which is trained in the chosen precision and used in float32.
+        training: endless batches, from an epoch on; `steps` of them are an epoch.
+        monitor: what to judge by; the less, the better.
+    """
+    network, path = make(), run.folder / f"{stage}.keras"
+    if path.exists():
+        checkpoint.load_weights(network, path)
+        run.require_history(stage)
+        return network
+    kind = "vqvae" if stage == "vqvae" else "prior"
+    epochs, patience, rate = (getattr(config, f"{kind}_{name}") for name in ("epochs", "patience", "learning_rate"))
+    with precision(config.precision):
+        trained = make()
+    trained.compile(make_optimizer(rate, epochs, steps))
+    saved = checkpoint.Checkpoint(run, stage, monitor, patience)
+    done = saved.restore(trained)
+    print(f"\ntraining {stage}: {network.count_params():,} weights, {steps} steps an epoch, at most {epochs} epochs")
+    if done:
+        print(f"going on after epoch {done}")
+    if done < epochs and not saved.counters["stopped"]:
+        trained.fit(
+            training(done),
+            initial_epoch=done,
+            epochs=epochs,
+            steps_per_epoch=steps,
+            shuffle=False,  # the pipeline has done it
+            validation_data=validation,
+            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=[
+                checkpoint.SeedEpoch(config.seed),
+                checkpoint.StopWhenLost(saved, f"{kind}_learning_rate", network),
+                checkpoint.History(run, stage, prefixes(config)),
+                keras.callbacks.TensorBoard(run.folder / "logs" / stage),
+                saved,
+            ],
         )
-    best = keras.saving.load_model(unfinished, compile=False)
-    best.save(unfinished)  # once more, without the optimiser's state
-    unfinished.replace(path)
+    network.set_weights(saved.best_weights)
+    checkpoint.save_model(network, path)
+    return network
+
+
+def prior_batches(
+    config: Config,
+    codes: list[np.ndarray],
+    held: dataset.Slices,
+    level: int,
+    seed: int | None = None,
+    first_epoch: int = 0,
+) -> tf.data.Dataset:
+    """Batches for a level's prior of one split's codes, all levels' of them; see `dataset.code_batches`."""
+    coarse = codes[level - 1] if level else None
+    return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, first_epoch, coarse)
 
 
 def encode(vqvae: model.VQVAE, images: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -498,7 +581,7 @@ def draw_codes(config: Config, priors: list[model.PixelCNN], positions: np.ndarr
     return codes
 
 
-def draw_samples(config: Config, run: "Run", vqvae, priors, slices: dict[str, dataset.Slices]) -> None:
+def draw_samples(config: Config, run: checkpoint.Run, vqvae, priors, slices: dict[str, dataset.Slices]) -> None:
     """New brains: their codes and one PNG each; and the codes of those that are measured."""
     folder = run.folder / "samples"
     if folder.exists():
@@ -508,16 +591,14 @@ def draw_samples(config: Config, run: "Run", vqvae, priors, slices: dict[str, da
     codes = draw_codes(config, priors, positions, "samples")
     images = decode(vqvae, codes, config.batch_size)
     measured = draw_codes(config, priors, slices["test"].positions, "samples to be measured")
-    unfinished = run.folder / "checkpoint" / "samples"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for level, prefix in enumerate(run.prefixes):
-        np.save(unfinished / f"{prefix}codes.npy", codes[level])
-        np.save(unfinished / f"{prefix}measured_codes.npy", measured[level])
-    for i, (image, position) in enumerate(zip(images, positions, strict=True)):
-        grey = (image[..., 0] * 255).round().astype(np.uint8)
-        Image.fromarray(grey).save(unfinished / f"sample_{i:03d}_slice_{position}.png")
-    unfinished.rename(folder)
+    with checkpoint.whole(folder) as unfinished:
+        unfinished.mkdir()
+        for level, prefix in enumerate(prefixes(config)):
+            np.save(unfinished / f"{prefix}codes.npy", codes[level])
+            np.save(unfinished / f"{prefix}measured_codes.npy", measured[level])
+        for i, (image, position) in enumerate(zip(images, positions, strict=True)):
+            grey = (image[..., 0] * 255).round().astype(np.uint8)
+            Image.fromarray(grey).save(unfinished / f"sample_{i:03d}_slice_{position}.png")
 
 
 def sample_positions(config: Config, train_positions: np.ndarray) -> np.ndarray:
@@ -527,9 +608,10 @@ def sample_positions(config: Config, train_positions: np.ndarray) -> np.ndarray:
     return np.random.default_rng([config.seed, 1]).choice(train_positions, config.num_samples).astype(np.int32)
 
 
-def measure(config: Config, run: "Run", priors, codes: list[np.ndarray], slices: dict, made: Made) -> None:
+def measure(config: Config, run: checkpoint.Run, priors, codes: list[np.ndarray], slices: dict, made: Made) -> None:
     """metrics.json: numbers over the whole test split, and of as many new brains."""
-    if run.metrics_path.exists():
+    path = run.folder / "metrics.json"
+    if path.exists():
         return
     print("measuring reconstructions, codes and likelihood on the test split")
     train, validate, test = (slices[split] for split in dataset.SPLITS)
@@ -544,7 +626,7 @@ def measure(config: Config, run: "Run", priors, codes: list[np.ndarray], slices:
     )
     print(f"measuring {len(made.drawn)} new brains against the test split (some minutes)")
     numbers["samples"] = metrics.sample_metrics(made.drawn, made.test, test, train, config.seed)
-    write_text(run.metrics_path, json.dumps(without_nan(numbers), indent=2, allow_nan=False) + "\n")
+    checkpoint.write_text(path, json.dumps(without_nan(numbers), indent=2, allow_nan=False) + "\n")
 
 
 def measure_codes(config: Config, priors, codes: list[np.ndarray], test: dataset.Slices) -> dict:
@@ -571,12 +653,13 @@ def without_nan(numbers):
     return None if isinstance(numbers, float) and np.isnan(numbers) else numbers
 
 
-def draw_pictures(config: Config, run: "Run", vqvae, priors, codes: list[np.ndarray], slices: dict, made: Made) -> None:
+def draw_pictures(
+    config: Config, run: checkpoint.Run, vqvae, priors, codes: list[np.ndarray], slices: dict, made: Made
+) -> None:
     """images/: all pictures that are missing."""
     print("drawing pictures")
-    folder, note, train, test = run.folder / "images", run.note, slices["train"], slices["test"]
+    folder, note, train, test = run.folder / "images", data_note(config), slices["train"], slices["test"]
     numbers, levels = run.read_metrics(), vqvae.level_names
-    history = {stage: [row for row in run.history if row["stage"] == stage] for stage in run.stages}
     shown = np.unique(np.linspace(0, len(test) - 1, min(10, len(test))).astype(int))
     shown = np.argsort(test.positions, kind="stable")[shown]  # spread over the positions
     originals, positions = dataset.to_float(test.images[shown]), test.positions[shown]
@@ -600,7 +683,7 @@ def draw_pictures(config: Config, run: "Run", vqvae, priors, codes: list[np.ndar
         plots.power_spectrum(path, spectra, numbers["half_power_frequency"], note)
 
     def new_brains(path: Path) -> None:
-        drawn = decode(vqvae, run.load_codes("codes"), config.batch_size)
+        drawn = decode(vqvae, read_codes(config, run, "codes", config.num_samples), config.batch_size)
         plots.samples(path, drawn, sample_positions(config, train.positions), note)
 
     def by_position(path: Path) -> None:
@@ -626,12 +709,12 @@ def draw_pictures(config: Config, run: "Run", vqvae, priors, codes: list[np.ndar
         plots.levels(path, originals, made.test[shown], alone, levels, labels, note)
 
     pictures = {
-        "vqvae_loss": lambda path: plots.vqvae_loss(path, history["vqvae"], levels, note),
+        "vqvae_loss": lambda path: plots.vqvae_loss(path, run.rows("vqvae"), levels, note),
         "prior_loss": lambda path: plots.prior_loss(
-            path, {name: history[name] for name in prior_names(config)}, config.num_embeddings, note
+            path, {name: run.rows(name) for name in prior_names(config)}, config.num_embeddings, note
         ),
-        "ssim": lambda path: plots.ssim(path, history["vqvae"], note),
-        "code_usage": lambda path: plots.code_usage(path, history["vqvae"], levels, config.num_embeddings, note),
+        "ssim": lambda path: plots.ssim(path, run.rows("vqvae"), note),
+        "code_usage": lambda path: plots.code_usage(path, run.rows("vqvae"), levels, config.num_embeddings, note),
         "reconstructions": lambda path: plots.reconstructions(path, originals, made.test[shown], labels, note),
         "worst": worst,
         "by_position": lambda path: plots.by_position(path, numbers["by_position"], note),
@@ -645,7 +728,8 @@ def draw_pictures(config: Config, run: "Run", vqvae, priors, codes: list[np.ndar
     }
     for name in picture_names(config):
         if not (folder / name).exists():
-            pictures[name.removesuffix(".png")](folder / name)
+            with checkpoint.whole(folder / name) as unfinished:
+                pictures[name.removesuffix(".png")](unfinished)
 
 
 def alone_at(vqvae: model.VQVAE, codes: list[np.ndarray], level: int, shown: np.ndarray) -> np.ndarray:
@@ -662,16 +746,11 @@ def alone_at(vqvae: model.VQVAE, codes: list[np.ndarray], level: int, shown: np.
     return keras.ops.convert_to_numpy(vqvae.decode(quantized))
 
 
-def write_report(config: Config, run: "Run") -> None:
+def write_report(config: Config, run: checkpoint.Run) -> None:
     """report.html, from what stands in the run folder."""
-    report.write(
-        run.folder / "report.html",
-        run.folder.name,
-        _constants(config),
-        run.read_metrics(),
-        run.history,
-        run.note,
-    )
+    name, numbers = run.folder.name, run.read_metrics()
+    with checkpoint.whole(run.folder / "report.html") as unfinished:
+        report.write(unfinished, name, json_constants(config), numbers, run.history, data_note(config))
 
 
 # ------------------------------------------------------------------------------------------ the run folder
@@ -682,175 +761,93 @@ def run_folder(config: Config) -> Path:
     return config.run_dir or Path("runs") / f"{config.name}{'' if config.data_dir else '-synthetic'}"
 
 
-class Run:
-    """The run folder: what is done, the constants it was done with, the history so far."""
-
-    def __init__(self, config: Config):
-        """Raises ConfigError if the folder holds a run with other constants."""
-        self.config = config
-        self.folder = run_folder(config)
-        self.metrics_path = self.folder / "metrics.json"
-        self.stages = ("vqvae", *prior_names(config))
-        self.prefixes = [f"{level}_".lstrip("_") for level in model.level_names(len(config.grids))]
-        self.note = "" if config.data_dir else "SYNTHETIC slices, not real brains"
-        self.history = _read_history(self.folder / "history.csv")
-        self._begun = time.monotonic()
-        self._compare_constants()
-
-    def _compare_constants(self) -> None:
-        path = self.folder / "config.json"
-        self.sampling_differs = False
-        if not path.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise ConfigError(f"run_dir is {self.folder}: holds other things than a run; choose another folder")
-            return
-        try:
-            saved = json.loads(path.read_text())["constants"]
-        except (ValueError, KeyError, OSError) as error:
-            raise ConfigError(f"run_dir is {self.folder}: cannot read its config.json; choose another") from error
-        wanted = _constants(self.config)
-        differences = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
-        hard = [name for name in differences if name not in SAMPLING_CONSTANTS]
-        if hard:
-            shown = "; ".join(f"{name} was {saved.get(name)}, is {wanted.get(name)}" for name in hard)
-            raise ConfigError(f"run_dir is {self.folder}: holds a run with other constants ({shown}); choose another")
-        self.sampling_differs = bool(differences)
-
-    def is_complete(self) -> bool:
-        """Whether every file is there, made with these constants."""
-        wanted = ["config.json", "history.csv", "metrics.json", "samples", "report.html"]
-        wanted += [f"{stage}.keras" for stage in self.stages]
-        wanted += [f"images/{name}" for name in picture_names(self.config)]
-        return not self.sampling_differs and all((self.folder / name).exists() for name in wanted)
-
-    def start(self) -> None:
-        """Make the folder and write config.json; drop samples that were drawn with other constants."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run_dir is {self.folder}: cannot be made ({error.strerror}); choose another") from error
-        if self.sampling_differs:
-            shutil.rmtree(self.folder / "samples", ignore_errors=True)
-            for name in ("samples.png", "samples_by_position.png", "power_spectrum.png", "copies.png"):
-                (self.folder / "images" / name).unlink(missing_ok=True)
-            self.metrics_path.unlink(missing_ok=True)
-        packages = ("tensorflow", "tensorflow-probability", "keras", "numpy", "scikit-image", "matplotlib")
-        versions = {"project": PROJECT_VERSION, "python": platform.python_version(), "backend": keras.backend.backend()}
-        versions |= {name: version(name) for name in packages}
-        text = json.dumps({"constants": _constants(self.config), "versions": versions}, indent=2)
-        write_text(self.folder / "config.json", text + "\n")
-
-    def add_epoch(self, row: dict) -> None:
-        """Append a row to history.csv, in place of an earlier try at the same epoch and what followed it."""
-        at = [(old["stage"], old["epoch"]) for old in self.history]
-        here = (row["stage"], row["epoch"])
-        self.history = [*self.history[: at.index(here) if here in at else None], row]
-        names = list(dict.fromkeys(name for row in self.history for name in row))
-        unfinished = self.folder / "history.csv.tmp"
-        with open(unfinished, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.history)
-        unfinished.replace(self.folder / "history.csv")
-
-    def read_metrics(self) -> dict:
-        """What stands in metrics.json."""
-        return json.loads(self.metrics_path.read_text())
-
-    def load_codes(self, name: str) -> list[np.ndarray]:
-        """Code indices (N, h, w) of each level that stand in samples/."""
-        return [np.load(self.folder / "samples" / f"{prefix}{name}.npy") for prefix in self.prefixes]
-
-    def finish(self) -> dict:
-        """Print where things are and the main numbers; returns them."""
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        n = self.read_metrics()
-        seconds = [sum(row["seconds"] for row in self.history if row["stage"] == stage) for stage in self.stages]
-        print(f"\n{self.note or 'real slices'}; test split: {n['test_slices']} slices of {n['test_people']} people")
-        for finding in report.findings(_constants(self.config), n, self.history):
-            print(f"  {finding.title}: {finding.says}")
-        print(f"  Training took {' + '.join(f'{spent / 60:.1f}' for spent in seconds)} minutes.")
-        print(f"read {self.folder / 'report.html'}; pictures are in images/, new brains in samples/ beside it")
-        return n
+def open_run(config: Config) -> checkpoint.Run:
+    """The run folder. Raises checkpoint.RunError if it cannot be this configuration's."""
+    return checkpoint.Run(run_folder(config), json_constants(config), versions(), SAMPLING_CONSTANTS, FILES_OF_SAMPLES)
 
 
-def _constants(config: Config) -> dict:
+def all_files(config: Config) -> list[str]:
+    """What a complete run has."""
+    models = [f"{stage}.keras" for stage in ("vqvae", *prior_names(config))]
+    pictures = [f"images/{name}" for name in picture_names(config)]
+    return ["config.json", "history.csv", "metrics.json", "samples", "report.html", *models, *pictures]
+
+
+def json_constants(config: Config) -> dict:
     """The constants as they stand in config.json; run_dir is where the file lies and not part of it."""
     constants = dataclasses.asdict(config)
     del constants["run_dir"]
     constants["data_dir"] = str(config.data_dir.resolve()) if config.data_dir else None
-    constants |= {"grids": list(config.grids), "sample_positions": list(config.sample_positions)}
-    return constants
+    return constants | {"grids": list(config.grids), "sample_positions": list(config.sample_positions)}
 
 
-def _read_history(path: Path) -> list[dict]:
-    """Rows of history.csv: numbers as numbers, columns of the other stage left out."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        rows = [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
-    return [{n: v if n == "stage" else int(v) if n == "epoch" else float(v) for n, v in row.items()} for row in rows]
+def versions() -> dict[str, str]:
+    """Of the project and all that has an effect on numbers."""
+    packages = ("tensorflow", "tensorflow-probability", "keras", "numpy", "scikit-image", "matplotlib")
+    own = {"project": PROJECT_VERSION, "python": platform.python_version(), "backend": keras.backend.backend()}
+    return own | {name: version(name) for name in packages}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+def data_note(config: Config) -> str:
+    """What every picture says about the data, if they are not real."""
+    return "" if config.data_dir else "SYNTHETIC slices, not real brains"
 
 
-class History(keras.callbacks.Callback):
-    """A row of history.csv for each epoch: stage, epoch, seconds, losses and metrics, the parts in order."""
-
-    PARTS = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
-
-    def __init__(self, run: Run, stage: str):
-        super().__init__()
-        self.run, self.stage = run, stage
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.began = time.monotonic()
-
-    def on_epoch_end(self, epoch, logs=None):
-        names = [f"{prefix}{part}" for part in self.PARTS for prefix in dict.fromkeys(["", *self.run.prefixes])]
-        names = [name for name in names if name in logs]
-        row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(time.monotonic() - self.began, 2)}
-        row |= {name: logs[name] for name in names} | {f"val_{name}": logs[f"val_{name}"] for name in names}
-        row["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        self.run.add_epoch(row)
+def read_codes(config: Config, run: checkpoint.Run, name: str, count: int) -> list[np.ndarray]:
+    """Code indices (count, h, w) of each level that stand in samples/."""
+    return [
+        run.read_codes(f"{prefix}{name}", (count, grid, grid), config.num_embeddings)
+        for prefix, grid in zip(prefixes(config), config.grids, strict=True)
+    ]
 
 
-class SeedEpoch(keras.callbacks.Callback):
-    """Makes dropout and restarts a function of (seed, epoch), not of what ran before."""
+def finish(config: Config, run: checkpoint.Run) -> dict:
+    """Print where things are and the main numbers; returns them."""
+    checkpoint.remove(run.folder / "checkpoint")
+    numbers, history = run.read_metrics(), run.read_history()
+    people = f"{numbers['test_slices']} slices of {numbers['test_people']} people"
+    print(f"\n{data_note(config) or 'real slices'}; test split: {people}")
+    for finding in report.findings(json_constants(config), numbers, history):
+        print(f"  {finding.title}: {finding.says}")
+    stages = dict.fromkeys(row["stage"] for row in history)
+    seconds = [sum(row["seconds"] for row in history if row["stage"] == stage) for stage in stages]
+    print(f"  Training took {' + '.join(f'{spent / 60:.1f}' for spent in seconds)} minutes.")
+    print(f"read {run.folder / 'report.html'}; pictures are in images/, new brains in samples/ beside it")
+    return numbers
 
-    def __init__(self, seed: int):
-        super().__init__()
-        self.seed = seed
 
-    def on_epoch_begin(self, epoch, logs=None):
-        states = [v for v in self.model.non_trainable_variables if v.path.endswith("seed_generator_state")]
-        for i, state in enumerate(states):
-            state.assign(np.random.SeedSequence([self.seed, epoch, i]).generate_state(2))
+def parse(arguments: list[str]) -> Config:
+    """The configuration that a command line asks for. Raises ConfigError for options that there are not."""
+    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    presets.add_argument("--preset", choices=PRESETS, default="oasis96")
+    chosen, rest = presets.parse_known_args(arguments)
+    table = "\n".join(f"  --preset {name}: {preset.about}" for name, preset in PRESETS.items())
+    about = f"{__doc__}\nPresets, which all other options change:\n{table}"
+    default = PRESETS[chosen.preset].config
+    config, unknown = tyro.cli(Config, default=default, args=rest, description=about, return_unknown_args=True)
+    if unknown:
+        options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(unknown[0], options, 1)
+        raise ConfigError(
+            f"{unknown[0]}: no such constant; {f'did you mean {near[0]}?' if near else 'see python driver.py --help'}"
+        )
+    return config
 
 
 def command_line() -> int:
-    """Parse the constants and run; the exit status is 0, 2 for bad input, 130 after Ctrl-C."""
-    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    presets.add_argument("--preset", choices=PRESETS, default="oasis96")
-    chosen, rest = presets.parse_known_args()
-    table = "\n".join(f"  --preset {name}: {preset.about}" for name, preset in PRESETS.items())
-    about = f"{__doc__}\nPresets, which all other options change:\n{table}"
-    config = tyro.cli(Config, default=PRESETS[chosen.preset].config, args=rest, description=about)
+    """Parse the constants and run; the exit status is 0, 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM."""
+    config = None
     try:
+        checkpoint.stop_on_signals()
+        config = parse(sys.argv[1:])
         main(config)
-    except (ConfigError, dataset.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, dataset.DataError, checkpoint.RunError) as error:
+        print(f"error: {dataset.one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; the same command goes on after the last finished step in {run_folder(config)}", file=sys.stderr
-        )
-        return 130
+    except checkpoint.Stopped as stopped:
+        where = f" of {dataset.one_line(run_folder(config))}" if config else ""
+        print(f"\nstopped; the same command goes on after the last finished epoch or step{where}", file=sys.stderr)
+        return stopped.status
     return 0
 
 

@@ -5,7 +5,8 @@
     van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders"  (gated PixelCNN)
 
 Both are ordinary Keras models written in `keras.ops`: they train on any backend with the stock `fit`, and
-`import model; keras.saving.load_model("vqvae.keras")` is all that loading takes.
+`import model; keras.saving.load_model("vqvae.keras")` is all that loading takes. Every layer has a name of its own,
+since names stand in saved files and Keras' counters would have them depend on what else was made before.
 """
 
 import math
@@ -252,10 +253,10 @@ class ResidualBlock(layers.Layer):
         super().__init__(**kwargs)
         self.filters = filters
         groups = math.gcd(8, filters)
-        self.inner_norm = layers.GroupNormalization(groups)
-        self.inner = layers.Conv2D(filters, 3, padding="same", kernel_initializer="he_normal")
-        self.outer_norm = layers.GroupNormalization(groups)
-        self.outer = layers.Conv2D(filters, 3, padding="same", kernel_initializer="zeros")
+        self.inner_norm = layers.GroupNormalization(groups, name="inner_norm")
+        self.inner = layers.Conv2D(filters, 3, padding="same", kernel_initializer="he_normal", name="inner")
+        self.outer_norm = layers.GroupNormalization(groups, name="outer_norm")
+        self.outer = layers.Conv2D(filters, 3, padding="same", kernel_initializer="zeros", name="outer")
 
     def build(self, input_shape):
         inner_shape = (*input_shape[:-1], self.filters)
@@ -480,22 +481,24 @@ def _join(features, decoded):
 def _encoder(widths: list[int], blocks: list[int], name: str) -> keras.Sequential:
     """Images, or features of the next finer level, to features (B, h, w, widths[-1])."""
     stack = []
-    for width, num_blocks in zip(widths, blocks, strict=True):
-        stack.append(layers.Conv2D(width, 4, strides=2, padding="same", kernel_initializer="he_normal"))
-        stack += [ResidualBlock(width) for _ in range(num_blocks)]
-        stack.append(layers.ReLU())
+    for i, (width, num_blocks) in enumerate(zip(widths, blocks, strict=True)):
+        options = {"padding": "same", "kernel_initializer": "he_normal", "name": f"halve_{i}"}
+        stack.append(layers.Conv2D(width, 4, strides=2, **options))
+        stack += [ResidualBlock(width, name=f"block_{i}_{j}") for j in range(num_blocks)]
+        stack.append(layers.ReLU(name=f"relu_{i}"))
     return keras.Sequential(stack, name=name)
 
 
 def _decoder(widths: list[int], blocks: list[int], output: int, name: str) -> keras.Sequential:
     """Quantized features and what is decoded so far to features of the next finer level, or to the image, not
     clipped: (B, H, W, output)."""
-    stack = [layers.Conv2D(widths[-1], 3, padding="same", kernel_initializer="he_normal")]
+    stack = [layers.Conv2D(widths[-1], 3, padding="same", kernel_initializer="he_normal", name="first")]
     outputs = [output, *widths[:-1]]
-    for width, num_blocks, output in zip(widths[::-1], blocks[::-1], outputs[::-1], strict=True):
-        stack += [ResidualBlock(width) for _ in range(num_blocks)]
-        stack.append(layers.ReLU())
-        stack.append(layers.Conv2DTranspose(output, 4, strides=2, padding="same", kernel_initializer="he_normal"))
+    for i, (width, num_blocks, output) in enumerate(zip(widths[::-1], blocks[::-1], outputs[::-1], strict=True)):
+        options = {"padding": "same", "kernel_initializer": "he_normal", "name": f"double_{i}"}
+        stack += [ResidualBlock(width, name=f"block_{i}_{j}") for j in range(num_blocks)]
+        stack.append(layers.ReLU(name=f"relu_{i}"))
+        stack.append(layers.Conv2DTranspose(output, 4, strides=2, **options))
     return keras.Sequential(stack, name=name)
 
 
@@ -627,13 +630,13 @@ class GatedBlock(layers.Layer):
         super().__init__(**kwargs)
         self.filters, self.kernel_size, self.dilation, self.dropout_rate = filters, kernel_size, dilation, dropout
         self.last = last  # nothing reads the vertical stack after the last block
-        self.vertical = MaskedConv2D(2 * filters, kernel_size, "vertical B", dilation)
-        self.horizontal = MaskedConv2D(2 * filters, kernel_size, "horizontal B", dilation)
-        self.across = layers.Dense(2 * filters, use_bias=False)
-        self.condition = layers.Dense(2 * filters, use_bias=False)
-        self.vertical_out = None if last else layers.Dense(filters)
-        self.horizontal_out = layers.Dense(filters)
-        self.dropout = layers.Dropout(dropout)
+        self.vertical = MaskedConv2D(2 * filters, kernel_size, "vertical B", dilation, name="vertical")
+        self.horizontal = MaskedConv2D(2 * filters, kernel_size, "horizontal B", dilation, name="horizontal")
+        self.across = layers.Dense(2 * filters, use_bias=False, name="across")
+        self.condition = layers.Dense(2 * filters, use_bias=False, name="condition")
+        self.vertical_out = None if last else layers.Dense(filters, name="vertical_out")
+        self.horizontal_out = layers.Dense(filters, name="horizontal_out")
+        self.dropout = layers.Dropout(dropout, name="dropout")
 
     def call(self, vertical, horizontal, condition, training=False):
         """Stacks (B, h, w, filters) and condition (B, h or 1, w or 1, filters) to the two new stacks."""
@@ -669,11 +672,11 @@ class PlainBlock(layers.Layer):
     def __init__(self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, **kwargs):
         super().__init__(**kwargs)
         self.filters, self.kernel_size, self.dilation, self.dropout_rate = filters, kernel_size, dilation, dropout
-        self.reduce = layers.Dense(filters // 2)
-        self.masked = MaskedConv2D(filters // 2, kernel_size, "B", dilation)
-        self.expand = layers.Dense(filters)
-        self.condition = layers.Dense(filters // 2, use_bias=False)
-        self.dropout = layers.Dropout(dropout)
+        self.reduce = layers.Dense(filters // 2, name="reduce")
+        self.masked = MaskedConv2D(filters // 2, kernel_size, "B", dilation, name="masked")
+        self.expand = layers.Dense(filters, name="expand")
+        self.condition = layers.Dense(filters // 2, use_bias=False, name="condition")
+        self.dropout = layers.Dropout(dropout, name="dropout")
 
     def call(self, features, condition, training=False):
         """Features (B, h, w, filters) and condition (B, h or 1, w or 1, filters) to new features."""
@@ -766,34 +769,37 @@ class PixelCNN(keras.Model):
         self.gated, self.use_position = gated, use_position
 
         dilations = block_dilations(max(grid_size), self.FIRST_KERNEL, kernel_size, num_blocks)
-        self.embedding = layers.Embedding(num_embeddings, filters)
+        self.embedding = layers.Embedding(num_embeddings, filters, name="embedding")
         self.place = self.add_weight(shape=(*grid_size, filters), initializer="zeros", name="place")
-        self.position = layers.Dense(filters, activation="relu")
+        self.position = layers.Dense(filters, activation="relu", name="position")
         self.coarse = None
         if coarse_grid_size:
             ratio = grid_size[0] // coarse_grid_size[0]
             self.coarse = keras.Sequential(
                 [
-                    layers.Embedding(num_embeddings, filters),
-                    ResidualBlock(filters),
-                    ResidualBlock(filters),
-                    layers.ReLU(),
-                    layers.Conv2DTranspose(filters, 2 * ratio, strides=ratio, padding="same"),
+                    layers.Embedding(num_embeddings, filters, name="embedding"),
+                    ResidualBlock(filters, name="block_0"),
+                    ResidualBlock(filters, name="block_1"),
+                    layers.ReLU(name="relu"),
+                    layers.Conv2DTranspose(filters, 2 * ratio, strides=ratio, padding="same", name="up"),
                 ],
                 name="coarse",
             )
         if gated:
-            self.first_vertical = MaskedConv2D(filters, self.FIRST_KERNEL, "vertical A")
-            self.first_horizontal = MaskedConv2D(filters, self.FIRST_KERNEL, "horizontal A")
+            self.first_vertical = MaskedConv2D(filters, self.FIRST_KERNEL, "vertical A", name="first_vertical")
+            self.first_horizontal = MaskedConv2D(filters, self.FIRST_KERNEL, "horizontal A", name="first_horizontal")
             self.blocks = [
-                GatedBlock(filters, kernel_size, dilation, dropout, last=i == num_blocks - 1)
+                GatedBlock(filters, kernel_size, dilation, dropout, last=i == num_blocks - 1, name=f"block_{i}")
                 for i, dilation in enumerate(dilations)
             ]
         else:
-            self.first = MaskedConv2D(filters, self.FIRST_KERNEL, "A")
-            self.blocks = [PlainBlock(filters, kernel_size, d, dropout) for d in dilations]
-        self.hidden = layers.Dense(filters, activation="relu")
-        self.logits = layers.Dense(num_embeddings, dtype="float32")
+            self.first = MaskedConv2D(filters, self.FIRST_KERNEL, "A", name="first")
+            self.blocks = [
+                PlainBlock(filters, kernel_size, dilation, dropout, name=f"block_{i}")
+                for i, dilation in enumerate(dilations)
+            ]
+        self.hidden = layers.Dense(filters, activation="relu", name="hidden")
+        self.logits = layers.Dense(num_embeddings, dtype="float32", name="logits")
         self.bits = keras.metrics.Mean(name="bits_per_code")
         shapes = [grid_size, (), *([coarse_grid_size] if coarse_grid_size else [])]
         self(tuple(keras.Input(shape, dtype="int32") for shape in shapes))  # creates the weights

@@ -298,10 +298,7 @@ def _columns(count: int, rows: tuple[str, ...], title: str, note: str, across: i
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=130)
-    unfinished.replace(path)
+    figure.savefig(path, dpi=130)
 
 
 def _curves(axes, history: list[dict], name: str, label: str = "") -> None:

@@ -67,7 +67,7 @@ class Finding:
 
 
 def write(path: Path, name: str, constants: dict, numbers: dict, history: list[dict], note: str) -> None:
-    """Write the report of a run, whole or not at all.
+    """Write the report of a run.
 
     Args:
         path: where to; the pictures are taken from `images/` beside it.
@@ -95,9 +95,7 @@ def write(path: Path, name: str, constants: dict, numbers: dict, history: list[d
         epochs=" + ".join(str(epochs) for epochs in Counter(row["stage"] for row in history).values()),
         note=note,
     )
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    path.write_text(page, encoding="utf-8", newline="")
 
 
 def findings(constants: dict, numbers: dict, history: list[dict]) -> list[Finding]:

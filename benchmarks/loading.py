@@ -40,7 +40,9 @@ class Options:
 
 
 def ours(files: list[dataset.SliceFile], image_size: int) -> tf.data.Dataset:
-    return dataset.image_batches(dataset.decode(files, image_size), 32)
+    images, _ = dataset.decode(files, image_size)
+    cases, positions = [file.case for file in files], [file.position for file in files]
+    return dataset.image_batches(dataset.Slices(images, np.array(positions, np.int32), np.array(cases)), 32)
 
 
 def student(files: list[dataset.SliceFile], image_size: int, color_mode: str = "rgb") -> tf.data.Dataset:

@@ -68,11 +68,11 @@ def measure(options: Options, slices: dict, grid: int, num_embeddings: int) -> d
         prior_epochs=options.prior_epochs,
     )
     driver.check(constants)
-    run = driver.Run(constants)
-    run.start()
-    vqvae = driver.train_vqvae(constants, run, slices)
-    codes = {split: driver.encode(vqvae, held.images, constants.batch_size) for split, held in slices.items()}
-    priors = driver.train_priors(constants, run, codes, slices)
+    run = driver.open_run(constants)
+    with run.start(dataset.fingerprint(slices)):
+        vqvae = driver.train_vqvae(constants, run, slices)
+        codes = {split: driver.encode(vqvae, held.images, constants.batch_size) for split, held in slices.items()}
+        priors = driver.train_priors(constants, run, codes, slices)
     test = slices["test"]
     reconstructions = driver.decode(vqvae, codes["test"], constants.batch_size)
     values = metrics.measures_by_slice(test.images, reconstructions)

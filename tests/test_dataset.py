@@ -1,13 +1,19 @@
+import io
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
+import phantom
 
 
 def put(path: Path, value: int = 100, size=(8, 8), mode: str = "L") -> Path:
@@ -76,16 +82,6 @@ def test_a_flat_folder_is_split_by_the_seed_alone(tmp_path):
     assert any(dataset.find(data_dir, seed=1) != dataset.find(data_dir, seed=seed) for seed in (2, 3, 4))
 
 
-def test_names_without_a_case_count_as_people_of_their_own_with_one_warning(tmp_path, capsys):
-    for i in range(10):
-        put(tmp_path / f"brain{i}.png")
-    splits = dataset.find(tmp_path)
-    assert [len(files) for files in splits.values()] == [8, 1, 1]
-    error = capsys.readouterr().err
-    assert error.count("warning") == 1
-    assert "10 files such as brain" in error
-
-
 def test_other_names_of_people_are_read():
     file = dataset._slice_file(Path("x/OAS1_0001_MR1_slice_12.png"), Path("x"))
     assert (file.case, file.position) == ("OAS1_0001_MR1", 12)
@@ -134,85 +130,384 @@ def test_resizing_is_antialiased(tmp_path):
     assert read.max() < 120
 
 
-def broken_png(path: Path) -> None:
-    put(path, size=(64, 64))
-    path.write_bytes(path.read_bytes()[:60])
+# ------------------------------------------------------------------------------------------- bad input
 
 
-def jpeg_named_png(path: Path) -> None:
-    Image.new("L", (8, 8)).save(path, format="JPEG")
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0, interlaced: int = 0) -> bytes:
+    """A PNG file made by hand: `rows` are its bytes of pixels, each row after a 0."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return dataset.PNG_SIGNATURE + b"".join(parts)
+
+
+def brain(value: int = 0) -> Image.Image:
+    """A small picture that is not of one grey level and differs from any other value's."""
+    grey = np.zeros((8, 8), np.uint8)
+    grey[2:6, 2:6] = np.arange(16).reshape(4, 4) + value
+    return Image.fromarray(grey)
+
+
+@pytest.fixture
+def people(tmp_path) -> Path:
+    """A folder in the course's layout, six people of two good slices; returns it."""
+    for case in range(6):
+        folder = tmp_path / f"keras_png_slices_{('train', 'train', 'train', 'train', 'validate', 'test')[case]}"
+        folder.mkdir(exist_ok=True)
+        for position in range(2):
+            brain(20 * case + position).save(folder / f"case_{case:03d}_slice_{position}.nii.png")
+    return tmp_path
+
+
+def load(data_dir: Path, capsys, **options) -> str:
+    """What loading prints as warnings and, at last, as the line that refuses."""
+    capsys.readouterr()
+    try:
+        loaded = dataset.load(data_dir, 8, seed=0, **options)
+        assert all(held.images.dtype == np.uint8 and held.images.shape[1:] == (8, 8, 1) for held in loaded.values())
+        refused = ""
+    except dataset.DataError as error:
+        refused = dataset.one_line(error)
+    return capsys.readouterr().err + refused
+
+
+REPLACE = "; replace or remove it, or leave such files out: --skip-broken-slices"
+BROKEN_FILES = {
+    "zero bytes": (b"", "is empty"),
+    "a JPEG": ("JPEG", "is not a PNG image, whatever its name says"),
+    "a JPEG in CMYK": ("CMYK", "is not a PNG image, whatever its name says"),
+    "a GIF": ("GIF", "is not a PNG image, whatever its name says"),
+    "text": (b"case_001", "is not a PNG image, whatever its name says"),
+    "the signature alone": (dataset.PNG_SIGNATURE, "is a broken PNG (it has no header)"),
+    "no header": (dataset.PNG_SIGNATURE + b"x" * 40, "is a broken PNG (it has no header)"),
+    "truncated in the pixels": (
+        png(8, 8, bytes(range(72)))[:-40],
+        "is a broken PNG (unrecognized data stream contents when reading image file)",
+    ),
+    "too few pixels": (
+        png(8, 8, bytes(30)),
+        "is a broken PNG (image file is truncated (0 bytes not processed))",
+    ),
+    "enormous": (
+        png(50_000, 50_000, b""),
+        "is 50000 × 50000 pixels, too large for a slice (at most 4096 a side)",
+    ),
+    "no pixels wide": (png(0, 8, b""), "is a broken PNG (its header makes no sense)"),
+    "two headers": (
+        png(8, 8, bytes(72))[:33] + png(9, 9, bytes(90))[8:],
+        "is a broken PNG (its size changes within the file)",
+    ),
+    "CMYK, which PNG has not": (
+        png(8, 8, bytes(8 * 33), colour=5),
+        "is a broken PNG (its header makes no sense)",
+    ),
+    "9 bits a pixel": (png(8, 8, bytes(100), depth=9), "is a broken PNG (its header makes no sense)"),
+}
+
+
+def write_broken(path: Path, content: bytes | str) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        Image.new("CMYK" if content == "CMYK" else "L", (8, 8)).save(path, "JPEG" if content == "CMYK" else content)
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_file_that_cannot_be_read_is_refused_by_name(people, capsys, kind):
+    content, message = BROKEN_FILES[kind]
+    bad = people / "keras_png_slices_validate" / "case_004_slice_1.nii.png"
+    write_broken(bad, content)
+    assert load(people, capsys) == f"{bad}: {message}{REPLACE}"
+    assert load(people, capsys, skip_broken=True) == f"warning: left out: {bad}: {message}\n"
+
+
+def test_what_is_no_file_is_refused_by_name(people, capsys):
+    bad = people / "keras_png_slices_train" / "case_000_slice_2.png"
+    bad.symlink_to(bad)
+    assert load(people, capsys) == f"{bad}: Too many levels of symbolic links{REPLACE}"
+    bad.unlink()
+    bad.symlink_to(people / "gone.png")
+    assert load(people, capsys) == f"{bad}: No such file or directory{REPLACE}"
+    bad.unlink()
+    os.mkfifo(bad)  # would never end if it were read
+    assert load(people, capsys) == f"{bad}: is not a file{REPLACE}"
+
+
+def test_a_file_that_may_not_be_read(people, capsys, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(dataset, "open", refuse, raising=False)
+    bad = people / "keras_png_slices_train" / "case_000_slice_0.nii.png"
+    assert load(people, capsys) == f"{bad}: Permission denied{REPLACE}"
+
+
+def test_a_folder_that_may_not_be_read(people, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert load(people, capsys) == f"{people}: cannot be read (Permission denied); check its permissions"
+
+
+def test_a_split_of_which_nothing_can_be_read(people, capsys):
+    for path in (people / "keras_png_slices_test").iterdir():
+        path.write_bytes(b"")
+    printed = load(people, capsys, skip_broken=True).splitlines()
+    assert len(printed) == 3
+    assert printed[-1] == f"{people}: no slice of the test split can be read; replace the broken files"
+
+
+GOOD_FILES = {
+    "interlaced": png(
+        8, 8, b"".join(b"\0" + bytes(range(n)) for n in [1, 1, 2, 2, 2, *[4] * 6, *[8] * 4]), interlaced=1
+    ),
+    "1 bit": png(8, 8, (b"\0\xf0") * 8, depth=1),
+    "4 bit": png(8, 8, (b"\0" + bytes([0x0F] * 4)) * 8, depth=4),
+    "16 bit": png(8, 8, (b"\0" + bytes([0, 0, 100, 100] * 4)) * 8, depth=16),
+    "alpha": png(8, 8, (b"\0" + bytes([100, 255, 100, 128] * 4)) * 8, colour=4),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD_FILES)
+def test_unusual_pngs_are_read_without_a_word(people, capsys, kind):
+    (people / "keras_png_slices_train" / "case_000_slice_2.png").write_bytes(GOOD_FILES[kind])
+    assert load(people, capsys) == ""
+
+
+ODD_FILES = {
+    "animated": (
+        lambda path: brain(200).save(path, save_all=True, append_images=[brain(201)]),
+        "animated: only the first picture of each is used",
+    ),
+    "colour": (
+        lambda path: Image.merge("RGB", [brain(200), brain(210), brain(220)]).save(path),
+        "in colour: converted to grey",
+    ),
+    "black": (lambda path: put(path, 0), "of one grey level all over: used, but no brains"),
+    "constant": (lambda path: put(path, 100), "of one grey level all over: used, but no brains"),
+    "transparent": (
+        lambda path: Image.new("LA", (8, 8), (100, 0)).save(path),
+        "of one grey level all over: used, but no brains",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_odd_slices_are_used_and_counted_in_one_warning(people, capsys, kind):
+    save, message = ODD_FILES[kind]
+    for position in (2, 3):
+        save(people / "keras_png_slices_train" / f"case_000_slice_{position}.png")
+    assert load(people, capsys) == f"warning: 2 slices such as case_000_slice_2.png are {message}\n"
+
+
+def test_mixed_sizes_are_used_and_counted(people, capsys):
+    brain().resize((16, 16)).save(people / "keras_png_slices_train" / "case_000_slice_2.png")
+    assert load(people, capsys) == (
+        "warning: 1 slices such as case_000_slice_2.png are not 8 × 8 as the other 12 are; all become 8 × 8, whatever "
+        "a pixel was in millimetres\n"
+    )
+
+
+def test_names_without_a_case_count_as_people_of_their_own(tmp_path, capsys):
+    for i in range(10):
+        brain(i).save(tmp_path / f"brain{i}.png")
+    printed = load(tmp_path, capsys)
+    assert printed.count("\n") == 1
+    assert printed.startswith("warning: 10 files such as brain")
+    assert printed.endswith(
+        ".png name no case and slice (case_001_slice_0.nii.png); each counts as a person of its own, at slice "
+        "position 0\n"
+    )
+    assert [len(files) for files in dataset.find(tmp_path).values()] == [8, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (broken_png, "is a broken PNG"),
-        (jpeg_named_png, "is not a PNG image"),
-        (lambda path: path.write_bytes(b""), "is not a PNG image"),
-        (lambda path: path.write_bytes(dataset.PNG_SIGNATURE + b"x" * 40), "is a broken PNG"),
-    ],
+    "name", ["Gehirn größer_slice_7.png", "脑 01_slice_7.png", "a b  c_slice_7.PNG", "a\nb_slice_7.png"]
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path, damage, message):
-    data_dir = make_layout(tmp_path, "course")
-    bad = data_dir / "keras_png_slices_validate" / "case_006_slice_1.nii.png"
-    damage(bad)
-    with pytest.raises(dataset.DataError, match=message) as error:
-        dataset.load(data_dir, 8, seed=0)
-    assert str(bad) in str(error.value)
-    assert "\n" not in str(error.value)
+def test_any_name_will_do_and_stays_on_one_line(people, capsys, name):
+    path = people / "keras_png_slices_train" / name
+    brain(200).save(path, "PNG")
+    assert load(people, capsys) == ""
+    found = [file for file in dataset.find(people)["train"] if file.path == path]
+    assert (found[0].case, found[0].position) == (name[: name.index("_slice")], 7)
+    path.write_bytes(b"")
+    assert load(people, capsys) == f"{people}/keras_png_slices_train/{name}: is empty{REPLACE}".replace("\n", "\\n")
 
 
-def test_no_such_folder(tmp_path):
-    with pytest.raises(dataset.DataError, match="nowhere: no such folder"):
-        dataset.find(tmp_path / "nowhere")
+def test_a_name_that_is_no_text_is_escaped(people, capsys):
+    path = os.fsencode(people / "keras_png_slices_train") + b"/case_\xff_slice_1.png"
+    Path(os.fsdecode(path)).write_bytes(b"")
+    printed = load(people, capsys)
+    assert printed.encode() == f"{people}/keras_png_slices_train/case_\\udcff_slice_1.png: is empty{REPLACE}".encode()
 
 
-def test_a_file_for_a_folder(tmp_path):
-    with pytest.raises(dataset.DataError, match="is a file"):
-        dataset.find(put(tmp_path / "case_001_slice_0.png"))
+def test_folders_that_link_in_circles_are_read_once(people, capsys):
+    (people / "keras_png_slices_train" / "again").symlink_to(people / "keras_png_slices_train")
+    (people / "keras_png_slices_train" / "loop").symlink_to(people / "keras_png_slices_train" / "loop")
+    assert len(dataset.find(people)["train"]) == 8
+    assert load(people, capsys) == ""
 
 
-def test_an_empty_folder(tmp_path):
-    with pytest.raises(dataset.DataError, match="is empty; set data_dir"):
-        dataset.find(tmp_path)
+def test_a_data_dir_that_links_to_itself(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert load(tmp_path / "loop", capsys) == (
+        f"{tmp_path}/loop: cannot be read (Too many levels of symbolic links); set data_dir to the folder with the PNG "
+        "slices"
+    )
 
 
-def test_a_folder_of_masks_only(tmp_path):
+def test_no_such_folder(tmp_path, capsys):
+    assert load(tmp_path / "nowhere", capsys) == (
+        f"{tmp_path}/nowhere: no such folder; set data_dir to the folder with the PNG slices"
+    )
+
+
+def test_a_file_for_a_folder(tmp_path, capsys):
+    path = put(tmp_path / "case_001_slice_0.png")
+    assert load(path, capsys) == f"{path}: is a file; set data_dir to the folder with the PNG slices"
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    assert load(tmp_path, capsys) == f"{tmp_path}: is empty; set data_dir to the folder with the PNG slices"
+
+
+def test_a_folder_without_pngs(tmp_path, capsys):
+    (tmp_path / "case_001_slice_0.jpg").write_bytes(b"")
+    assert load(tmp_path, capsys) == f"{tmp_path}: holds no PNG files; set data_dir to the folder with the PNG slices"
+
+
+def test_a_folder_of_masks_only(tmp_path, capsys):
     put(tmp_path / "seg_001_slice_0.nii.png")
-    with pytest.raises(dataset.DataError, match="masks only"):
-        dataset.find(tmp_path)
+    assert load(tmp_path, capsys) == (
+        f"{tmp_path}: holds masks only, no slices; set data_dir to the folder with the PNG slices"
+    )
 
 
-def test_a_split_that_is_missing(tmp_path):
-    data_dir = make_layout(tmp_path, "course")
-    shutil.rmtree(data_dir / "keras_png_slices_test")
-    with pytest.raises(dataset.DataError, match="no test folder"):
-        dataset.find(data_dir)
-    shutil.rmtree(data_dir / "keras_png_slices_validate")
-    with pytest.raises(dataset.DataError, match="no validate and no test folder"):
-        dataset.find(data_dir)
+def test_a_split_that_is_missing(people, capsys):
+    shutil.rmtree(people / "keras_png_slices_test")
+    assert load(people, capsys) == (
+        f"{people}: has keras_png_slices_train, keras_png_slices_validate but no test folder; add it, or put all PNGs "
+        "in one folder"
+    )
+    shutil.rmtree(people / "keras_png_slices_validate")
+    assert load(people, capsys) == (
+        f"{people}: has keras_png_slices_train but no validate and no test folder; add it, or put all PNGs in one "
+        "folder"
+    )
 
 
-def test_a_split_that_is_empty(tmp_path):
-    data_dir = make_layout(tmp_path, "val")
-    shutil.rmtree(data_dir / "val")
-    (data_dir / "val").mkdir()
-    with pytest.raises(dataset.DataError, match="val: no PNG slices"):
-        dataset.find(data_dir)
+def test_a_split_that_is_empty(people, capsys):
+    for path in (people / "keras_png_slices_validate").iterdir():
+        path.unlink()
+    assert load(people, capsys) == (
+        f"{people}/keras_png_slices_validate: no PNG slices in it; put the validate slices there"
+    )
 
 
-def test_a_person_in_two_splits(tmp_path):
-    data_dir = make_layout(tmp_path, "course")
-    put_case(data_dir / "keras_png_slices_test", case=1)
-    with pytest.raises(dataset.DataError, match="case_001 is in train as well as in test"):
-        dataset.find(data_dir)
+def test_a_person_in_two_splits(people, capsys):
+    brain(250).save(people / "keras_png_slices_test" / "case_001_slice_9.png")
+    assert load(people, capsys) == (
+        f"{people}/keras_png_slices_test/case_001_slice_9.png: case_001 is in train as well as in test; keep all "
+        "slices of a person in one split"
+    )
 
 
-def test_two_people_are_too_few_for_three_splits(tmp_path):
+def test_a_picture_in_two_splits_under_two_names(people, capsys):
+    first, again = (people / f"keras_png_slices_{name}" for name in ("train/case_001_slice_1", "test/case_077_slice_1"))
+    shutil.copy(f"{first}.nii.png", f"{again}.nii.png")
+    assert load(people, capsys) == (
+        f"{again}.nii.png: is the same picture as {first}.nii.png of the train split; keep all slices of a person in "
+        "one split"
+    )
+
+
+def test_two_people_are_too_few_for_three_splits(tmp_path, capsys):
     put_case(tmp_path, 1)
     put_case(tmp_path, 2)
-    with pytest.raises(dataset.DataError, match="at least 3 cases"):
-        dataset.find(tmp_path)
+    assert load(tmp_path, capsys) == (f"{tmp_path}: too few people for three splits; add slices of at least 3 cases")
+
+
+def fuzz_seeds() -> list[bytes]:
+    """PNGs of every kind, of synthetic slices."""
+    grey = Image.fromarray(phantom.slice_image(0, 1, 8, 32))
+    mirrored = grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    coloured = Image.merge("RGB", [grey, mirrored, grey])
+    pictures = [grey, deep, coloured, coloured.quantize(16), grey.convert("1"), Image.merge("LA", [grey, mirrored])]
+    seeds = []
+    for picture in [*pictures, Image.merge("RGBA", [grey, grey, grey, mirrored])]:
+        file = io.BytesIO()
+        picture.save(file, "PNG", dpi=(72, 72))
+        seeds.append(file.getvalue())
+    file = io.BytesIO()
+    grey.save(file, "PNG", save_all=True, append_images=[mirrored])
+    return [*seeds, file.getvalue()]
+
+
+SEEDS = fuzz_seeds()
+CHUNKS = [b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"acTL", b"fcTL", b"fdAT"]
+SIDES = [0, 1, 31, 32, 33, 4096, 4097, 2**31 - 1, 2**32 - 1]
+
+
+def damage(chunks: list[tuple[bytes, bytes]], draw) -> None:
+    """Flip, cut, drop, double or rename one chunk of a PNG, or lie about its size."""
+    i = draw(st.integers(0, len(chunks) - 1))
+    kind, content = chunks[i]
+    how = draw(st.sampled_from(["flip", "cut", "drop", "double", "rename", "size"]))
+    if how == "flip" and content:
+        at = draw(st.integers(0, len(content) - 1))
+        chunks[i] = kind, content[:at] + bytes([draw(st.integers(0, 255))]) + content[at + 1 :]
+    elif how == "cut":
+        chunks[i] = kind, content[: draw(st.integers(0, len(content)))]
+    elif how == "drop" and len(chunks) > 1:
+        del chunks[i]
+    elif how == "double":
+        chunks.insert(draw(st.integers(0, len(chunks))), (kind, content))
+    elif how == "rename":
+        chunks[i] = draw(st.sampled_from(CHUNKS)), content
+    elif how == "size":
+        width, height = draw(st.sampled_from(SIDES)), draw(st.sampled_from(SIDES))
+        chunks[0] = b"IHDR", struct.pack(">II", width, height) + chunks[0][1][8:]
+
+
+@st.composite
+def damaged_pngs(draw) -> bytes:
+    """A PNG with damaged chunks whose checksums are right, so that the damage reaches the decoder; or bytes of it
+    overwritten; or its end cut off; or all of that."""
+    seed, chunks, at = draw(st.sampled_from(SEEDS)), [], 8
+    while at < len(seed):
+        length = int.from_bytes(seed[at : at + 4], "big")
+        chunks.append((seed[at + 4 : at + 8], seed[at + 8 : at + 8 + length]))
+        at += 12 + length
+    for _ in range(draw(st.integers(0, 3))):
+        damage(chunks, draw)
+    content = bytearray(dataset.PNG_SIGNATURE + b"".join(chunk(*parts) for parts in chunks))
+    for _ in range(draw(st.integers(0, 3))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.integers(0, len(content))) if draw(st.booleans()) else None])
+
+
+@given(content=damaged_pngs())
+def test_damaged_pngs_are_read_or_refused_by_name(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.png"
+    path.write_bytes(content)
+    image, refused = None, ""
+    try:
+        image = dataset.read_png(path, 16)
+    except dataset.DataError as error:
+        refused = str(error)
+    if image is None:
+        assert refused.startswith(f"{path}: ")
+    else:
+        assert image.dtype == np.uint8
+        assert image.shape == (16, 16)
+
+
+# --------------------------------------------------------------------------------------------- feeding
 
 
 def slices(count: int) -> dataset.Slices:
