@@ -36,6 +36,8 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 MASK_WORDS = {"seg", "segmentation", "mask", "masks", "label", "labels"}
+VOLUMES = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr.gz", ".hdr", ".mgz", ".mgh")  # what oasis.py makes slices of
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_SIDE = 4096  # pixels of a PNG: sixteen times a slice's; larger ones are refused before they are decoded
 
@@ -89,7 +91,8 @@ def load(data_dir: Path | None, image_size: int, seed: int, skip_broken: bool = 
         return synthesise(image_size, seed)
     splits = find(data_dir, seed)
     files = [file for split in SPLITS for file in splits[split]]
-    images, readable = decode(files, image_size, skip_broken)
+    images, pictures = decode(files, image_size, skip_broken)
+    readable = np.array([picture is not None for picture in pictures])
     slices, begin = {}, 0
     for split in SPLITS:
         rows = np.arange(begin, begin + len(splits[split]))
@@ -100,7 +103,7 @@ def load(data_dir: Path | None, image_size: int, seed: int, skip_broken: bool = 
         whole = slice(used[0], used[-1] + 1) if len(used) == len(rows) else used  # no copy where all are used
         positions = np.array([files[i].position for i in used], np.int32)
         slices[split] = Slices(images[whole], positions, np.array([files[i].case for i in used]))
-    _refuse_shared_pictures(images, files, [split for split in SPLITS for _ in splits[split]], readable)
+    _refuse_shared_pictures(files, pictures, [split for split in SPLITS for _ in splits[split]])
     return slices
 
 
@@ -159,7 +162,7 @@ def find(data_dir: Path, seed: int = 0) -> dict[str, list[SliceFile]]:
     else:
         files = _slices_below(data_dir, data_dir)
         if not files:
-            raise DataError(f"{data_dir}: {_what_is_there(data_dir)}; set data_dir to the folder with the PNG slices")
+            raise DataError(f"{data_dir}: {_what_is_there(data_dir)}")
         if len({file.case for file in files}) < len(SPLITS):
             raise DataError(f"{data_dir}: too few people for three splits; add slices of at least 3 cases")
         splits = split_by_case(files, seed)
@@ -192,7 +195,8 @@ def _split_of(folder: Path) -> str | None:
     return SPLIT_NAMES.get(folder.name.lower().removeprefix("keras_png_slices_"))
 
 
-def _is_mask(name: str) -> bool:
+def is_mask(name: str) -> bool:
+    """Whether a file or folder is named for a mask, by the words in its name."""
     return not MASK_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
 
 
@@ -200,7 +204,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     """What lies in a folder, in the order of the names, without hidden entries and masks."""
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".") and not _is_mask(entry.name)]
+            found = [entry for entry in entries if not entry.name.startswith(".") and not is_mask(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     return sorted(found, key=lambda entry: entry.name)
@@ -212,7 +216,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _slices_below(folder: Path, data_dir: Path) -> list[SliceFile]:
     """The slices in a folder and one level below, masks left out."""
-    if _is_mask(folder.name):
+    if is_mask(folder.name):
         return []
     places = {os.path.realpath(place): place for place in [*_subfolders(folder), folder]}  # links may lead in circles
     return [
@@ -232,10 +236,13 @@ def _slice_file(path: Path, data_dir: Path) -> SliceFile:
 
 
 def _what_is_there(folder: Path) -> str:
+    """What is wrong with a folder without slices, and what to do."""
     names = [name for place in [folder, *folder.iterdir()] if os.path.isdir(place) for name in os.listdir(place)]
-    if any(name.lower().endswith(".png") for name in names):
-        return "holds masks only, no slices"
-    return "is empty" if not names else "holds no PNG files"
+    if any(name.lower().endswith(VOLUMES + ARCHIVES) for _, _, files in os.walk(folder) for name in files):
+        return f"holds volumes, not slices; make slices of them: python oasis.py {folder} SLICES"
+    pngs = any(name.lower().endswith(".png") for name in names)
+    found = "holds masks only, no slices" if pngs else "holds no PNG files" if names else "is empty"
+    return f"{found}; set data_dir to the folder with the PNG slices"
 
 
 def _warn_of_unnamed_cases(splits: dict[str, list[SliceFile]]) -> None:
@@ -274,12 +281,13 @@ def split_by_case(files: list[SliceFile], seed: int) -> dict[str, list[SliceFile
 class Picture:
     """A decoded PNG.
 
-    grey: (image_size, image_size) uint8. size: width and height before it was resized. oddities: what a user
-    should know about it.
+    grey: (image_size, image_size) uint8. size: width and height before it was resized. digest: a checksum of what it
+    was then. oddities: what a user should know about it.
     """
 
     grey: np.ndarray
     size: tuple[int, int]
+    digest: bytes
     oddities: tuple[str, ...]
 
 
@@ -288,20 +296,22 @@ COLOURED = "in colour: converted to grey"
 BLANK = "of one grey level all over: used, but no brains"
 
 
-def decode(files: list[SliceFile], image_size: int, skip_broken: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def decode(
+    files: list[SliceFile], image_size: int, skip_broken: bool = False
+) -> tuple[np.ndarray, list[Picture | None]]:
     """Decode PNGs in parallel into one uint8 array, showing progress; warns of odd ones, counting them.
 
     Args:
         skip_broken: leave files that cannot be read black, listing each on stderr.
 
     Returns:
-        images (N, image_size, image_size, 1) uint8, and which of them could be read, (N,) bool.
+        images (N, image_size, image_size, 1) uint8, and what else is known of each, None of those left out.
 
     Raises:
         DataError: a file is not a PNG or is broken; the message names it.
     """
     images = np.zeros((len(files), image_size, image_size, 1), np.uint8)
-    readable = np.ones(len(files), bool)
+    pictures: list[Picture | None] = []
 
     def read(i: int) -> Picture | DataError:
         try:
@@ -309,19 +319,19 @@ def decode(files: list[SliceFile], image_size: int, skip_broken: bool = False) -
         except DataError as error:
             return error
         images[i, :, :, 0] = picture.grey
-        return dataclasses.replace(picture, grey=None)
+        return dataclasses.replace(picture, grey=images[i, :, :, 0])
 
     progress, odd, sizes = progress_bar(len(files), "slices"), {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for i, result in enumerate(pool.map(read, range(len(files)))):
+            for file, result in zip(files, pool.map(read, range(len(files))), strict=True):
                 progress.add(1)
+                pictures.append(result if isinstance(result, Picture) else None)
                 if isinstance(result, Picture):
-                    sizes.setdefault(result.size, []).append(files[i].path)
+                    sizes.setdefault(result.size, []).append(file.path)
                     for oddity in result.oddities:
-                        odd.setdefault(oddity, []).append(files[i].path)
+                        odd.setdefault(oddity, []).append(file.path)
                 elif skip_broken:
-                    readable[i] = False
                     _warn(f"left out: {result}")
                 else:
                     raise DataError(f"{result}; replace or remove it, or leave such files out: --skip-broken-slices")
@@ -331,7 +341,7 @@ def decode(files: list[SliceFile], image_size: int, skip_broken: bool = False) -
     for oddity, paths in odd.items():
         _warn(f"{len(paths)} slices such as {paths[0].name} are {oddity}")
     _warn_of_mixed_sizes(sizes, image_size)
-    return images, readable
+    return images, pictures
 
 
 def _warn_of_mixed_sizes(sizes: dict[tuple[int, int], list[Path]], image_size: int) -> None:
@@ -376,6 +386,7 @@ def _read(path: Path, image_size: int) -> Picture:
         raise DataError(f"{path}: {error.strerror or f'is a broken PNG ({error})'}") from error
     except Exception as error:  # Pillow meets broken files with exceptions of any kind
         raise DataError(f"{path}: is a broken PNG ({error})") from error
+    digest = hashlib.sha256(f"{size}".encode() + grey.tobytes()).digest()
     if grey.width != grey.height:
         side = max(grey.size)
         square = Image.new("L", (side, side))
@@ -385,7 +396,7 @@ def _read(path: Path, image_size: int) -> Picture:
         grey = grey.resize((image_size, image_size), Image.Resampling.BICUBIC)
     oddities += [COLOURED] if coloured else []
     oddities += [BLANK] if len(set(grey.getextrema())) == 1 else []
-    return Picture(np.asarray(grey), size, tuple(oddities))
+    return Picture(np.asarray(grey), size, digest, tuple(oddities))
 
 
 def _read_size(path: Path) -> tuple[int, int]:
@@ -419,13 +430,13 @@ def _to_grey(picture: Image.Image) -> tuple[Image.Image, bool]:
     return picture.convert("L"), not (np.array_equal(red, green) and np.array_equal(green, blue))
 
 
-def _refuse_shared_pictures(images: np.ndarray, files: list[SliceFile], splits: list[str], used: np.ndarray) -> None:
+def _refuse_shared_pictures(files: list[SliceFile], pictures: list[Picture | None], splits: list[str]) -> None:
     """Raises DataError where two splits hold the same picture, under whatever names; blank ones may be shared."""
     first = {}
-    for i in np.flatnonzero(used):
-        if images[i].min() == images[i].max():
+    for i, picture in enumerate(pictures):
+        if picture is None or BLANK in picture.oddities:
             continue
-        j = first.setdefault(hashlib.sha256(images[i]).digest(), i)
+        j = first.setdefault(picture.digest, i)
         if splits[j] != splits[i]:
             raise DataError(
                 f"{files[i].path}: is the same picture as {files[j].path} of the {splits[j]} split; keep all slices "

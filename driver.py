@@ -149,6 +149,8 @@ PRESETS = {
         image_size=256,
         grids=(32, 64),
         channels=32,
+        bottom_dropout=0.15,
+        batch_size=4,
         vqvae_epochs=8,
         prior_epochs=3,
     ),
