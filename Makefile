@@ -24,6 +24,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/slices.py
+	$(BIN)/python benchmarks/kill.py
 	$(BIN)/python benchmarks/blocks.py
 	$(BIN)/python benchmarks/rate.py
 

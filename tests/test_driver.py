@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 import checkpoint
+import dataset
 import driver
 import phantom
 import report
@@ -204,6 +207,16 @@ def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
         ({"temperature": 0.0}, "temperature is 0.0: must be a positive number"),
         ({"top_p": 0.0}, "top_p is 0.0: must be above 0 and at most 1"),
         ({"seed": -1}, "seed is -1: must be 0 or more"),
+        ({"seed": 2**32}, "seed is 4294967296: must be below 4294967296"),
+        ({"image_size": 8192}, "image_size is 8192: must be at most 4096"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: must be a whole number"),
+        ({"num_samples": True}, "num_samples is True: must be a whole number"),
+        ({"vqvae_learning_rate": "high"}, "vqvae_learning_rate is high: must be a number"),
+        ({"augment": "yes"}, "augment is yes: must be True or False"),
+        ({"codebook": "EMA"}, "codebook is EMA: must be one of ema, gradient"),
+        ({"grids": 4}, "grids is 4: must be whole numbers in brackets, as in (32, 64)"),
+        ({"data_dir": 5}, "data_dir is 5: must be a path or None"),
+        ({"name": None}, "name is None: must be text in quotes"),
         (
             {"mse_weight": 0, "l1_weight": 0, "ssim_weight": 0},
             "mse_weight is 0: one of mse_weight, l1_weight and ssim_weight must be positive",
@@ -223,6 +236,43 @@ def test_constants_that_cannot_work_are_refused_at_once(tmp_path, constants, mes
         driver.main(tiny(tmp_path, **constants))
     assert str(error.value) == message
     assert not (tmp_path / "run").exists()
+
+
+def test_paths_may_be_text_and_grids_a_list():
+    config = driver.Config(data_dir="slices", run_dir="run", grids=[12])
+    driver.check(config)
+    assert config == driver.Config(data_dir=Path("slices"), run_dir=Path("run"), grids=(12,))
+
+
+def test_fewer_slices_than_a_batch_are_used_with_a_warning(capsys):
+    slices = dataset.Slices(np.zeros((3, 32, 32, 1), np.uint8), np.zeros(3, np.int32), np.array(["a", "b", "c"]))
+    driver.check_slices(driver.Config(batch_size=4), {"train": slices})
+    assert capsys.readouterr().err == (
+        "warning: 3 training slices are fewer than batch_size 4: each step takes all of them\n"
+    )
+    driver.check_slices(driver.Config(batch_size=3), {"train": slices})
+    assert capsys.readouterr().err == ""
+
+
+def test_another_seed_gives_other_weights_and_samples(finished):
+    other = dataclasses.replace(finished, seed=1)
+    slices = dataset.load(finished.data_dir, 32, 0)
+    drawn = []
+    for config in (finished, other):
+        prior = driver.make_prior(finished)
+        checkpoint.load_weights(prior, finished.run_dir / "prior.keras")
+        drawn.append(driver.draw_codes(config, [prior], np.arange(4, dtype=np.int32), "samples")[0])
+    assert not np.array_equal(*drawn)
+    one, two = (driver.make_vqvae(config, slices["train"]).get_weights() for config in (finished, other))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_saved_models_do_not_depend_on_what_was_made_before(finished, tmp_path):
+    train = dataset.load(finished.data_dir, 32, 0)["train"]
+    for make in (lambda: driver.make_vqvae(finished, train), lambda: driver.make_prior(finished)):
+        for name in ("one", "two"):
+            checkpoint.save_model(make(), tmp_path / f"{name}.keras")
+        assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
 
 
 def test_sample_positions_that_were_never_seen_are_refused(finished, tmp_path):
@@ -321,6 +371,47 @@ def parse(monkeypatch, capsys, *arguments) -> tuple[int, str]:
         driver.command_line()
     printed = capsys.readouterr()
     return ended.value.code, printed.out + printed.err
+
+
+def ended(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Exit status and what is printed on stderr of a command line."""
+    monkeypatch.setattr(sys, "argv", ["driver.py", *map(str, arguments)])
+    monkeypatch.setattr(checkpoint, "stop_on_signals", lambda: None)
+    return driver.command_line(), capsys.readouterr().err
+
+
+def test_constants_that_there_are_not_end_with_status_2(monkeypatch, capsys):
+    assert ended(monkeypatch, capsys, "--colour", "red") == (
+        2,
+        "error: --colour: no such constant; see python driver.py --help\n",
+    )
+    assert ended(monkeypatch, capsys, "--bacth-size", "8") == (
+        2,
+        "error: --bacth-size: no such constant; did you mean --batch-size?\n",
+    )
+
+
+def test_slices_that_cannot_be_read_are_left_out_if_asked(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished.data_dir, tmp_path / "slices")
+    broken = next((tmp_path / "slices" / "keras_png_slices_test").iterdir())
+    broken.write_bytes(b"")
+    arguments = ["--data-dir", tmp_path / "slices", "--run-dir", tmp_path / "run", "--image-size", "32", "--grids", "4"]
+    status, printed = ended(monkeypatch, capsys, *arguments)
+    assert (status, printed) == (
+        2,
+        f"error: {broken}: is empty; replace or remove it, or leave such files out: --skip-broken-slices\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+    def stop(config, run, slices):
+        raise checkpoint.Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(driver, "train_vqvae", stop)
+    assert ended(monkeypatch, capsys, *arguments, "--skip-broken-slices") == (
+        130,
+        f"warning: left out: {broken}: is empty\n\nstopped; the same command goes on after the last finished epoch or "
+        f"step of {tmp_path / 'run'}\n",
+    )
 
 
 def test_a_preset_sets_the_defaults_of_the_other_options(monkeypatch, capsys):
