@@ -38,6 +38,7 @@ SPLIT_NAMES = {
 MASK_WORDS = {"seg", "segmentation", "mask", "masks", "label", "labels"}
 VOLUMES = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr.gz", ".hdr", ".mgz", ".mgh")  # what oasis.py makes slices of
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
+_SET_DATA_DIR = "set data_dir to the folder with the PNG slices"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_SIDE = 4096  # pixels of a PNG: sixteen times a slice's; larger ones are refused before they are decoded
 
@@ -145,13 +146,12 @@ def find(data_dir: Path, seed: int = 0) -> dict[str, list[SliceFile]]:
     try:
         kind = os.stat(data_dir).st_mode
     except FileNotFoundError as error:
-        raise DataError(f"{data_dir}: no such folder; set data_dir to the folder with the PNG slices") from error
+        raise DataError(f"{data_dir}: no such folder; {_SET_DATA_DIR}") from error
     except OSError as error:
-        raise DataError(
-            f"{data_dir}: cannot be read ({error.strerror}); set data_dir to the folder with the PNG slices"
-        ) from error
+        raise DataError(f"{data_dir}: cannot be read ({error.strerror}); {_SET_DATA_DIR}") from error
     if not stat.S_ISDIR(kind):
-        raise DataError(f"{data_dir}: is a file; set data_dir to the folder with the PNG slices")
+        volumes = data_dir.name.lower().endswith(VOLUMES + ARCHIVES)
+        raise DataError(f"{data_dir}: {_make_slices(data_dir) if volumes else f'is a file; {_SET_DATA_DIR}'}")
     folders = _split_folders(data_dir)
     if folders:
         splits = {split: _slices_below(folders[split], data_dir) for split in SPLITS}
@@ -239,10 +239,14 @@ def _what_is_there(folder: Path) -> str:
     """What is wrong with a folder without slices, and what to do."""
     names = [name for place in [folder, *folder.iterdir()] if os.path.isdir(place) for name in os.listdir(place)]
     if any(name.lower().endswith(VOLUMES + ARCHIVES) for _, _, files in os.walk(folder) for name in files):
-        return f"holds volumes, not slices; make slices of them: python oasis.py {folder} SLICES"
+        return _make_slices(folder)
     pngs = any(name.lower().endswith(".png") for name in names)
     found = "holds masks only, no slices" if pngs else "holds no PNG files" if names else "is empty"
-    return f"{found}; set data_dir to the folder with the PNG slices"
+    return f"{found}; {_SET_DATA_DIR}"
+
+
+def _make_slices(source: Path) -> str:
+    return f"holds volumes, not slices; make slices of them: python oasis.py {source} SLICES"
 
 
 def _warn_of_unnamed_cases(splits: dict[str, list[SliceFile]]) -> None:

@@ -86,8 +86,10 @@ class Options:
     collection: str = "oasis1"  # what to fetch: oasis1 (16 GB, 12 discs), or neurite (7 GB)
     table: Path | None = None  # JSON file of {collection: [{"url", "size", "checksum"}]} in place of the built-in one
     slices: int = 32  # of a volume
-    lowest: float | None = None  # slice: mm in an atlas, share of the brain's height elsewhere; None: as above
-    highest: float | None = None  # slice
+    lowest: float | None = (
+        None  # where the lowest slice lies: mm in an atlas (None: -16), else share of the height (0.37)
+    )
+    highest: float | None = None  # where the highest lies: mm in an atlas (None: 46), else share of the height (0.75)
     validate_share: float = 0.10  # of the people
     test_share: float = 0.05  # of the people
     seed: int = 0  # of the split
@@ -530,7 +532,8 @@ def download(options: Options, destination: Path) -> None:
         raise OasisError(f"collection is {options.collection}: must be one of {', '.join(table)}")
     files = table[options.collection]
     print(TERMS)
-    print(f"{len(files)} files, {sum(file['size'] for file in files) / 1e9:.1f} GB or more, to {destination}")
+    size = sum(file["size"] for file in files)
+    print(f"{len(files)} files{f' of {size / 1e9:.1f} GB together' if size else ''} to {destination}")
     if not options.accept_terms:
         agreed = input("Type yes if you accept the terms: ") if sys.stdin.isatty() else ""
         if agreed.strip().lower() != "yes":

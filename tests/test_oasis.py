@@ -422,7 +422,8 @@ def test_a_member_that_is_too_large_is_left_out(made, tmp_path, monkeypatch, cap
 
 
 def test_the_driver_says_how_to_make_slices(made, tmp_path):
-    for source in (made[0], packed(made[0], tmp_path / "packed")):
+    archives = packed(made[0], tmp_path / "packed")
+    for source in (made[0], archives, archives / "oasis_cross-sectional_disc1.tar.gz"):
         with pytest.raises(dataset.DataError) as error:
             dataset.find(source)
         assert str(error.value) == (
@@ -506,6 +507,14 @@ def test_a_collection_is_fetched_once(tmp_path, server, capsys):
     asked = len(Server.asked)
     oasis.main(fetching(tmp_path, table))
     assert len(Server.asked) == asked
+
+
+def test_discs_that_were_fetched_become_slices(made, tmp_path, server):
+    Server.files = contents(packed(made[0], tmp_path / "served"))
+    Server.cuts = 2
+    oasis.main(fetching(tmp_path, table_of(tmp_path, server, sorted(Server.files), size=0)))
+    oasis.main(options(tmp_path / "got", tmp_path / "slices"))
+    assert len(list((tmp_path / "slices").rglob("*.png"))) == 7 * 4
 
 
 def test_a_connection_that_is_cut_is_taken_up_again(tmp_path, server):
