@@ -173,6 +173,11 @@ class VectorQuantizer(layers.Layer):
         self.counts = self.add_weight(shape=shape[:1], initializer="zeros", name="counts", **state)
         if self.codebook == "ema":
             self.sums = self.add_weight(shape=shape, initializer="zeros", name="sums", **state)
+        # What the newest batch gave, for `update_metrics`: JAX keeps metrics out of reach while a layer is called.
+        self.batch_losses = self.add_weight(shape=(2,), initializer="zeros", name="batch_losses", **state)
+        self.batch_counts = self.add_weight(
+            shape=shape[:1], initializer="zeros", name="batch_counts", trainable=False, aggregation="sum"
+        )
 
     def call(self, inputs, training=False):
         """Features (B, h, w, D) to (quantized (B, h, w, D) float32, code indices (B, h, w) int32)."""
@@ -185,15 +190,18 @@ class VectorQuantizer(layers.Layer):
         self.add_loss(commitment)
         if self.codebook == "gradient":
             self.add_loss(codebook)
-        batch_size = ops.shape(inputs)[0]
-        self.codebook_loss.update_state(codebook, sample_weight=batch_size)
-        self.commitment_loss.update_state(commitment, sample_weight=batch_size)
-
         one_hot = ops.one_hot(ops.reshape(indices, (-1,)), self.num_embeddings, dtype="float32")  # (B·h·w, K)
-        self.usage.update_state(ops.sum(one_hot, axis=0))
+        self.batch_losses.assign(ops.stack([codebook, commitment]))
+        self.batch_counts.assign(ops.sum(one_hot, axis=0))
         if training:
             self._update_codebook(ops.reshape(ops.stop_gradient(inputs), (-1, self.embedding_dim)), one_hot)
         return inputs + ops.stop_gradient(quantized - inputs), indices
+
+    def update_metrics(self, batch_size):
+        """Take the newest batch into the metrics; for the `compute_loss` of the model that the layer is in."""
+        self.codebook_loss.update_state(self.batch_losses[0], sample_weight=batch_size)
+        self.commitment_loss.update_state(self.batch_losses[1], sample_weight=batch_size)
+        self.usage.update_state(self.batch_counts)
 
     def nearest(self, inputs):
         """Index of the code nearest to each vector: (…, D) to (…) int32."""
@@ -216,13 +224,14 @@ class VectorQuantizer(layers.Layer):
 
         self.counts.assign(ops.where(dead, floor, counts))
         if self.codebook == "gradient":
-            self.embeddings.assign(ops.where(dead[:, None], fresh, self.embeddings))
+            self.embeddings.assign(ops.where(dead[:, None], fresh, ops.convert_to_tensor(self.embeddings)))
             return
         sums = self.decay * self.sums + (1 - self.decay) * ops.matmul(ops.transpose(one_hot), vectors)
         self.sums.assign(ops.where(dead[:, None], floor * fresh, sums))
         # where restarts are off, a code that was never used keeps its place
-        used = self.counts[:, None] > 1e-8
-        self.embeddings.assign(ops.where(used, self.sums / ops.maximum(self.counts[:, None], 1e-8), self.embeddings))
+        counts = self.counts[:, None]
+        moved = self.sums / ops.maximum(counts, 1e-8)
+        self.embeddings.assign(ops.where(counts > 1e-8, moved, ops.convert_to_tensor(self.embeddings)))
 
     def get_config(self):
         return {
@@ -455,6 +464,8 @@ class VQVAE(keras.Model):
         )
         self.reconstruction_loss.update_state(reconstruction, sample_weight=ops.shape(x)[0])
         self.ssim_metric.update_state(ssim(x, ops.clip(y_pred, 0, 1)))
+        for quantizer in self.quantizers:
+            quantizer.update_metrics(ops.shape(x)[0])
         return reconstruction + sum(self.losses)
 
     def get_config(self):
