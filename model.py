@@ -56,8 +56,8 @@ def ssim_map(x, y):
     c1, c2 = 0.01**2, 0.03**2
     x, y = x[..., 0], y[..., 0]
     rows, columns = (ops.convert_to_tensor(gaussian_matrix(size)) for size in x.shape[1:3])
-    moments = ops.stack([x, y, x * x, y * y, x * y])  # (5, B, H, W)
-    mean_x, mean_y, xx, yy, xy = ops.unstack(rows @ moments @ ops.transpose(columns), num=5)
+    moments = ops.concatenate([x, y, x * x, y * y, x * y])  # (5 · B, H, W): TensorFlow 2.21 crashes on (5, 1, H, W)
+    mean_x, mean_y, xx, yy, xy = ops.split(rows @ moments @ ops.transpose(columns), 5)
     mean_xy, mean_xx, mean_yy = mean_x * mean_y, mean_x * mean_x, mean_y * mean_y
     luminance = (2 * mean_xy + c1) / (mean_xx + mean_yy + c1)
     structure = (2 * (xy - mean_xy) + c2) / (xx - mean_xx + yy - mean_yy + c2)

@@ -64,6 +64,14 @@ def test_ssim_is_scikit_images(size):
         np.testing.assert_allclose(means[i], mean, atol=2e-5)
 
 
+def test_a_single_image_in_a_graph_of_any_batch_size():
+    tf = pytest.importorskip("tensorflow")
+    images = tf.TensorSpec((None, 32, 32, 1), tf.float32)
+    compiled = tf.function(model.ssim, input_signature=[images, images], autograph=False)
+    x, y = (tf.constant(RNG.random((1, 32, 32, 1)), tf.float32) for _ in range(2))
+    np.testing.assert_allclose(compiled(x, y), model.ssim(x, y), rtol=1e-5)
+
+
 def test_ssim_of_an_image_with_itself_is_one():
     x = images(2)
     np.testing.assert_allclose(model.ssim_map(x, x), 1, atol=1e-5)
