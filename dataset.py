@@ -8,6 +8,7 @@ Images stay uint8 in memory; only a batch at a time becomes float32.
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -236,12 +237,15 @@ def _slice_file(path: Path, data_dir: Path) -> SliceFile:
 
 
 def _what_is_there(folder: Path) -> str:
-    """What is wrong with a folder without slices, and what to do."""
-    names = [name for place in [folder, *folder.iterdir()] if os.path.isdir(place) for name in os.listdir(place)]
-    if any(name.lower().endswith(VOLUMES + ARCHIVES) for _, _, files in os.walk(folder) for name in files):
+    """What is wrong with a folder without slices, and what to do; looks through 10,000 folders at most."""
+    below = itertools.islice(os.walk(folder), 10_000)
+    files = [Path(place, name).relative_to(folder) for place, _, names in below for name in names]
+    if any(file.name.lower().endswith(VOLUMES + ARCHIVES) for file in files):
         return _make_slices(folder)
-    pngs = any(name.lower().endswith(".png") for name in names)
-    found = "holds masks only, no slices" if pngs else "holds no PNG files" if names else "is empty"
+    pngs = [file for file in files if file.name.lower().endswith(".png")]
+    if any(not any(map(is_mask, file.parts)) for file in pngs):
+        return f"holds PNGs only more than one folder down; {_SET_DATA_DIR}"
+    found = "holds masks only, no slices" if pngs else "holds no PNG files" if files else "is empty"
     return f"{found}; {_SET_DATA_DIR}"
 
 

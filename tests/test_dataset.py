@@ -387,6 +387,13 @@ def test_a_folder_of_masks_only(tmp_path, capsys):
     )
 
 
+def test_slices_too_far_down(tmp_path, capsys):
+    put(tmp_path / "a" / "b" / "case_001_slice_0.png")
+    assert load(tmp_path, capsys) == (
+        f"{tmp_path}: holds PNGs only more than one folder down; set data_dir to the folder with the PNG slices"
+    )
+
+
 def test_a_split_that_is_missing(people, capsys):
     shutil.rmtree(people / "keras_png_slices_test")
     assert load(people, capsys) == (
