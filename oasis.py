@@ -42,16 +42,10 @@ ATLAS_RANGE = (-16.0, 46.0)  # mm: world coordinates of the lowest and highest s
 EXTENT_RANGE = (0.37, 0.75)  # the same as shares of the brain's height, where they are not
 PERCENTILE = 99.5  # of the brain's intensities: what becomes white
 MAX_VOXELS, MAX_MEMBER_BYTES = 512**3, 2**30  # larger volumes and members are refused before they are read
-IN_ATLAS = ("t88", "aligned")  # words in file names that say so
-SETTINGS = (
-    "slices",
-    "lowest",
-    "highest",
-    "validate_share",
-    "test_share",
-    "seed",
-    "orientation",
-)  # what slices depend on
+IN_ATLAS = ("t88", "aligned")  # words in file names that say so; NIfTI files can say so themselves
+ATLAS_CODES = (3, 4)  # of a NIfTI file's sform: Talairach, MNI
+# Options that slices depend on: other ones in the same destination are refused.
+SETTINGS = ("slices", "lowest", "highest", "validate_share", "test_share", "seed", "orientation")
 OF_OASIS = (r"_t88_masked_gfc\.", r"/aligned_norm\.", r"/norm\.", r"/slice_norm\.")  # volumes, the best first
 
 ACKNOWLEDGEMENT = """\
@@ -86,10 +80,8 @@ class Options:
     collection: str = "oasis1"  # what to fetch: oasis1 (16 GB, 12 discs), or neurite (7 GB)
     table: Path | None = None  # JSON file of {collection: [{"url", "size", "checksum"}]} in place of the built-in one
     slices: int = 32  # of a volume
-    lowest: float | None = (
-        None  # where the lowest slice lies: mm in an atlas (None: -16), else share of the height (0.37)
-    )
-    highest: float | None = None  # where the highest lies: mm in an atlas (None: 46), else share of the height (0.75)
+    lowest: float | None = None  # slice's place: mm in an atlas (None: -16), elsewhere share of the height (0.37)
+    highest: float | None = None  # slice's place: mm in an atlas (None: 46), elsewhere share of the height (0.75)
     validate_share: float = 0.10  # of the people
     test_share: float = 0.05  # of the people
     seed: int = 0  # of the split
@@ -158,10 +150,10 @@ def find(source: Path) -> dict[Path, list[Source]]:
     root = source.parent if source.is_file() else source
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     archives = [path for path in files if path.name.lower().endswith(dataset.ARCHIVES)]
-    place_of = {str(path.relative_to(root)): root for path in files if path not in archives}
+    place_of = {path.relative_to(root).as_posix(): root for path in files if path not in archives}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for archive, members in zip(archives, pool.map(list_members, archives), strict=True):
-            place_of |= {f"{archive.relative_to(root)}!{member}": archive for member in members}
+            place_of |= {f"{archive.relative_to(root).as_posix()}!{member}": archive for member in members}
     found: dict[Path, list[Source]] = {}
     for name in choose(list(place_of)):
         found.setdefault(place_of[name], []).append(source_of(name))
@@ -224,6 +216,7 @@ def read_volume(path: Path, name: str, orientation: str | None = None) -> Volume
         data = np.asarray(image.dataobj[(..., *[0] * (len(image.shape) - 3))], np.float32)  # of 4-D ones the first
         affine = np.asarray(image.affine, float)
         zooms = np.asarray(image.header.get_zooms()[: data.ndim], float)
+        says_atlas = isinstance(image.header, nib.Nifti1Header) and int(image.header["sform_code"]) in ATLAS_CODES
     except OasisError:
         raise
     except Exception as error:  # nibabel meets broken files with exceptions of any kind
@@ -232,8 +225,8 @@ def read_volume(path: Path, name: str, orientation: str | None = None) -> Volume
     if not (np.isfinite(zooms).all() and (zooms > 0).all() and np.isfinite(affine).all()):
         raise OasisError(f"{name}: does not say how large its voxels are; replace or remove it")
     data, zooms, world = to_axes(data, zooms, affine, orientation)
-    in_atlas = any(word in name.rsplit("/", 1)[-1].lower() for word in IN_ATLAS) and orientation is None
-    return Volume(scaled(data, name), zooms, world, in_atlas)
+    in_atlas = says_atlas or any(word in name.rsplit("/", 1)[-1].lower() for word in IN_ATLAS)
+    return Volume(scaled(data, name), zooms, world, in_atlas and orientation is None)
 
 
 def to_axes(data, zooms, affine, orientation: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -257,15 +250,17 @@ def to_axes(data, zooms, affine, orientation: str | None) -> tuple[np.ndarray, n
 def scaled(data: np.ndarray, name: str) -> np.ndarray:
     """Intensities from 0, the background and nothing else, to 1, the brain's `PERCENTILE`.
 
-    The background is what stands in the corners; NaNs and infinities count as background.
+    The background is what stands in the corners, and all within a hundredth of the brightest from that; NaNs and
+    infinities count as background.
     """
     finite = np.isfinite(data)
     corners = data[np.ix_(*[[0, -1]] * 3)]
     corners = corners[np.isfinite(corners)]
     background = float(np.median(corners)) if corners.size else 0.0
-    brain = finite & (data != background)
-    if not brain.any():
+    distance = np.where(finite, np.abs(data - background), 0)
+    if not distance.any():
         raise OasisError(f"{name}: holds no brain, one value only; replace or remove it")
+    brain = distance > 0.01 * np.percentile(distance[distance > 0], PERCENTILE)
     low, high = np.percentile(data[brain], [100 - PERCENTILE, PERCENTILE])
     low = min(background, low) if background <= low else low
     bright = np.clip((np.where(brain, data, low) - low) / max(high - low, 1e-12), 0, 1)
@@ -349,6 +344,8 @@ def check(options: Options) -> None:
     shares = options.validate_share, options.test_share
     if min(shares) < 0 or sum(shares) >= 1:
         raise OasisError(f"validate_share and test_share are {shares[0]} and {shares[1]}: must be below 1 together")
+    if None not in (options.lowest, options.highest) and not options.lowest < options.highest:
+        raise OasisError(f"lowest is {options.lowest}: must be below highest, {options.highest}")
     if options.orientation and not re.fullmatch(r"(?=.*[LR])(?=.*[AP])(?=.*[IS])[LRAPIS]{3}", options.orientation):
         raise OasisError(f"orientation is {options.orientation}: must be three of L or R, A or P, I or S, such as LIA")
 

@@ -128,6 +128,13 @@ def test_intensities_are_scaled_by_robust_percentiles_and_the_background_is_0(tm
     assert (slices_of(save(tmp_path / "s.nii", shifted))[:, 0, 0] == 0).all()
 
 
+def test_a_background_that_is_not_quite_even_is_0(tmp_path):
+    data = brain().astype(np.float32)
+    noise = np.where(data == 0, np.random.default_rng(0).normal(0, 1e-3, data.shape), 0).astype(np.float32)
+    expected = slices_of(save(tmp_path / "v.nii", data))
+    assert np.array_equal(slices_of(save(tmp_path / "n.nii", data + noise)) == 0, expected == 0)
+
+
 def test_nans_and_infinities_are_background(tmp_path):
     data = brain().astype(np.float32)
     data[data == 0] = np.nan
@@ -164,6 +171,11 @@ def test_positions_are_world_coordinates_in_an_atlas_and_shares_of_the_brain_els
             for i, data in enumerate((whole, cut_off))
         ]
         assert np.array_equal(*places) == same, name
+    said = nib.load(tmp_path / "0" / "other.nii")
+    assert not oasis.read_volume(tmp_path / "0" / "other.nii", "other.nii").in_atlas
+    said.set_sform(said.affine, code="mni")
+    said.to_filename(tmp_path / "mni.nii")
+    assert oasis.read_volume(tmp_path / "mni.nii", "mni.nii").in_atlas
     volume = oasis.read_volume(tmp_path / "0" / "aligned_norm.nii", "aligned_norm.nii")
     world = np.interp(oasis.slice_places(volume, options()), np.arange(96), volume.world)
     assert [world[0], world[-1]] == pytest.approx(list(oasis.ATLAS_RANGE))
@@ -379,6 +391,9 @@ def test_sources_and_destinations_that_cannot_be_used(made, tmp_path):
     )
     assert refused(oasis.main, options(made[0], tmp_path / "out", orientation="LLA")) == (
         "orientation is LLA: must be three of L or R, A or P, I or S, such as LIA"
+    )
+    assert refused(oasis.main, options(made[0], tmp_path / "out", lowest=5.0, highest=5.0)) == (
+        "lowest is 5.0: must be below highest, 5.0"
     )
     assert refused(oasis.main, options(made[0], tmp_path / "out", test_share=0.95)) == (
         "validate_share and test_share are 0.1 and 0.95: must be below 1 together"
