@@ -77,6 +77,7 @@ class Config:
     augment: bool = True  # mirror, brighten, turn and stretch the slices that the VQ-VAE trains on
     batch_size: int = 16  # slices in a training step, all stages
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed is for GPUs and TPUs
+    devices: int = 1  # GPUs of this machine that a training step's batch is shared between; CPUs where there are none
     vqvae_epochs: int = 50  # at most
     vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
     vqvae_patience: int = 10  # epochs without a better validation reconstruction before stopping
@@ -247,7 +248,7 @@ def check(config: Config) -> None:
         require(field, lambda v, kind=kind: _is_a(v, kind), _described(kind))
     positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
     positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
-    positive += ("prior_patience", "num_samples")
+    positive += ("prior_patience", "num_samples", "devices")
     for field in positive:
         require(field, lambda v: v >= 1, "at least 1")
     for field in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
@@ -264,6 +265,10 @@ def check(config: Config) -> None:
     require("image_size", lambda v: v >= 16, "at least 16 (SSIM's window is 11 pixels wide)")
     require("image_size", lambda v: v <= 4096, "at most 4096")
     require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd, and at least 3")
+    if config.devices > 1 and len(device_names()) < config.devices:
+        raise ConfigError(f"devices is {config.devices}: this machine has {len(device_names())}; choose no more")
+    if config.batch_size % config.devices:
+        raise ConfigError(f"batch_size is {config.batch_size}: must be a multiple of devices, {config.devices}")
     if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
         raise ConfigError(
             f"mse_weight is {config.mse_weight}: one of mse_weight, l1_weight and ssim_weight must be positive"
@@ -306,12 +311,17 @@ def check_slices(config: Config, slices: dict[str, dataset.Slices]) -> None:
     """Refuse, or warn of, what does not go with the slices that were found.
 
     Raises:
-        ConfigError: a slice position to draw that no training slice has.
+        ConfigError: a slice position to draw that no training slice has, or slices that devices cannot share.
     """
     known, count = np.unique(slices["train"].positions), len(slices["train"])
     unknown = sorted(set(config.sample_positions) - set(known.tolist()))
     if unknown:
         raise ConfigError(f"sample_positions has {unknown[0]}: the training slices have {known.min()} to {known.max()}")
+    if count < config.batch_size and count % config.devices:
+        raise ConfigError(f"devices is {config.devices}: {count} training slices cannot be shared evenly; choose 1")
+    if len(slices["validate"]) % config.devices:
+        held = len(slices["validate"])
+        raise ConfigError(f"devices is {config.devices}: must divide the {held} validation slices; choose another")
     if count < config.batch_size:
         print(
             f"warning: {count} training slices are fewer than batch_size {config.batch_size}: each step takes all of "
@@ -425,6 +435,34 @@ def precision(policy: str):
         keras.config.set_dtype_policy("float32")
 
 
+@contextlib.contextmanager
+def spread(devices: int):
+    """Networks made inside are trained on so many devices of this machine, each with its share of a batch.
+
+    By `tf.distribute.MirroredStrategy` on TensorFlow, by `keras.distribution.DataParallel` on JAX.
+    """
+    if devices == 1:
+        yield
+        return
+    chosen = device_names()[:devices]
+    if keras.backend.backend() == "jax":
+        distribution = keras.distribution.DataParallel(devices=chosen, auto_shard_dataset=False)
+    else:
+        # TensorFlow's default, collective operations, mixes up the sparse gradients of embeddings with dense ones.
+        on_gpus = all("GPU" in name for name in chosen)
+        reduction = tf.distribute.NcclAllReduce() if on_gpus else tf.distribute.ReductionToOneDevice()
+        distribution = tf.distribute.MirroredStrategy(chosen, reduction)
+    with distribution.scope():
+        yield
+
+
+def device_names() -> list[str]:
+    """The GPUs or TPUs of this machine, or its CPUs where there are none."""
+    if keras.backend.backend() == "jax":
+        return keras.distribution.list_devices()
+    return [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
+
+
 def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
     """Adam whose rate rises over the first steps and falls to 0 by a cosine until the last epoch."""
     warm_up = min(steps, 20)
@@ -498,31 +536,34 @@ def train_stage(
         return network
     kind = "vqvae" if stage == "vqvae" else "prior"
     epochs, patience, rate = (getattr(config, f"{kind}_{name}") for name in ("epochs", "patience", "learning_rate"))
-    with precision(config.precision):
-        trained = make()
-    trained.compile(make_optimizer(rate, epochs, steps))
-    saved = checkpoint.Checkpoint(run, stage, monitor, patience)
-    done = saved.restore(trained)
-    print(f"\ntraining {stage}: {network.count_params():,} weights, {steps} steps an epoch, at most {epochs} epochs")
-    if done:
-        print(f"going on after epoch {done}")
-    if done < epochs and not saved.counters["stopped"]:
-        trained.fit(
-            training(done),
-            initial_epoch=done,
-            epochs=epochs,
-            steps_per_epoch=steps,
-            shuffle=False,  # the pipeline has done it
-            validation_data=validation,
-            verbose=1 if sys.stdout.isatty() else 2,
-            callbacks=[
-                checkpoint.SeedEpoch(config.seed),
-                checkpoint.StopWhenLost(saved, f"{kind}_learning_rate", network),
-                checkpoint.History(run, stage, prefixes(config)),
-                keras.callbacks.TensorBoard(run.folder / "logs" / stage),
-                saved,
-            ],
+    with spread(config.devices):
+        with precision(config.precision):
+            trained = make()
+        trained.compile(make_optimizer(rate, epochs, steps))
+        saved = checkpoint.Checkpoint(run, stage, monitor, patience)
+        done = saved.restore(trained)
+        print(
+            f"\ntraining {stage}: {network.count_params():,} weights, {steps} steps an epoch, at most {epochs} epochs"
         )
+        if done:
+            print(f"going on after epoch {done}")
+        if done < epochs and not saved.counters["stopped"]:
+            trained.fit(
+                training(done),
+                initial_epoch=done,
+                epochs=epochs,
+                steps_per_epoch=steps,
+                shuffle=False,  # the pipeline has done it
+                validation_data=validation,
+                verbose=1 if sys.stdout.isatty() else 2,
+                callbacks=[
+                    checkpoint.SeedEpoch(config.seed),
+                    checkpoint.StopWhenLost(saved, f"{kind}_learning_rate", network),
+                    checkpoint.History(run, stage, prefixes(config)),
+                    keras.callbacks.TensorBoard(run.folder / "logs" / stage),
+                    saved,
+                ],
+            )
     network.set_weights(saved.best_weights)
     checkpoint.save_model(network, path)
     return network

@@ -10,6 +10,7 @@ since names stand in saved files and Keras' counters would have them depend on w
 """
 
 import math
+import threading
 
 import keras
 import numpy as np
@@ -70,6 +71,38 @@ def ssim(x, y):
     This is scikit-image's number, which leaves out the pixels whose window reaches over the edge.
     """
     return ops.mean(ssim_map(x, y)[:, 5:-5, 5:-5], axis=(1, 2))
+
+
+# --------------------------------------------------------------------------------------------- replicas
+#
+# Under tf.distribute every device runs a replica of the model on its share of the batch, in a Python thread of its own.
+# Keras adds the gradients up; what a batch does to a codebook has to be added up here. On JAX a batch is one array,
+# whatever it is spread over.
+
+
+def replica() -> tuple[int, int]:
+    """Which of how many replicas this one is: (0, 1) but for tf.distribute, where the first is a tensor."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            return context.replica_id_in_sync_group, context.num_replicas_in_sync
+    return 0, 1
+
+
+def sum_over_replicas(tensor):
+    """The sum of every replica's tensor, in each of them; no gradient passes it."""
+    if replica()[1] == 1:
+        return tensor
+    import tensorflow as tf
+
+    return ops.stop_gradient(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor))
+
+
+def _or_zero(mean, batch):
+    """The mean over a batch, 0 where a replica has got nothing of the last batch of an epoch."""
+    return mean if replica()[1] == 1 else ops.where(ops.shape(batch)[0] > 0, mean, 0.0)
 
 
 # --------------------------------------------------------------------------------------------- codebook
@@ -159,6 +192,7 @@ class VectorQuantizer(layers.Layer):
         self.codebook_loss = keras.metrics.Mean(name=f"{prefix}codebook")
         self.commitment_loss = keras.metrics.Mean(name=f"{prefix}commitment")
         self.usage = CodeUsage(num_embeddings, prefix)
+        self.newest = threading.local()  # what the newest call found, for `loss_and_metrics`; replicas are threads
 
     def build(self, input_shape):
         shape = (self.num_embeddings, self.embedding_dim)
@@ -173,11 +207,6 @@ class VectorQuantizer(layers.Layer):
         self.counts = self.add_weight(shape=shape[:1], initializer="zeros", name="counts", **state)
         if self.codebook == "ema":
             self.sums = self.add_weight(shape=shape, initializer="zeros", name="sums", **state)
-        # What the newest batch gave, for `update_metrics`: JAX keeps metrics out of reach while a layer is called.
-        self.batch_losses = self.add_weight(shape=(2,), initializer="zeros", name="batch_losses", **state)
-        self.batch_counts = self.add_weight(
-            shape=shape[:1], initializer="zeros", name="batch_counts", trainable=False, aggregation="sum"
-        )
 
     def call(self, inputs, training=False):
         """Features (B, h, w, D) to (quantized (B, h, w, D) float32, code indices (B, h, w) int32)."""
@@ -185,23 +214,29 @@ class VectorQuantizer(layers.Layer):
         indices = self.nearest(inputs)  # (B, h, w)
         quantized = self.lookup(indices)  # (B, h, w, D)
 
-        codebook = ops.mean(ops.square(ops.stop_gradient(inputs) - quantized))
-        commitment = self.commitment_weight * ops.mean(ops.square(inputs - ops.stop_gradient(quantized)))
+        codebook = _or_zero(ops.mean(ops.square(ops.stop_gradient(inputs) - quantized)), inputs)
+        commitment = _or_zero(ops.mean(ops.square(inputs - ops.stop_gradient(quantized))), inputs)
+        commitment = self.commitment_weight * commitment
         self.add_loss(commitment)
         if self.codebook == "gradient":
             self.add_loss(codebook)
         one_hot = ops.one_hot(ops.reshape(indices, (-1,)), self.num_embeddings, dtype="float32")  # (B·h·w, K)
-        self.batch_losses.assign(ops.stack([codebook, commitment]))
-        self.batch_counts.assign(ops.sum(one_hot, axis=0))
+        self.newest.found = codebook, commitment, ops.sum(one_hot, axis=0), ops.shape(inputs)[0]
         if training:
             self._update_codebook(ops.reshape(ops.stop_gradient(inputs), (-1, self.embedding_dim)), one_hot)
         return inputs + ops.stop_gradient(quantized - inputs), indices
 
-    def update_metrics(self, batch_size):
-        """Take the newest batch into the metrics; for the `compute_loss` of the model that the layer is in."""
-        self.codebook_loss.update_state(self.batch_losses[0], sample_weight=batch_size)
-        self.commitment_loss.update_state(self.batch_losses[1], sample_weight=batch_size)
-        self.usage.update_state(self.batch_counts)
+    def loss_and_metrics(self):
+        """The layer's part of the loss in the newest call, which is also taken into its metrics.
+
+        For `compute_loss` of the model that the layer is in: while a layer is called JAX keeps metrics out of reach,
+        and replicas share one list of `losses`.
+        """
+        codebook, commitment, counts, batch_size = self.newest.found
+        self.codebook_loss.update_state(codebook, sample_weight=batch_size)
+        self.commitment_loss.update_state(commitment, sample_weight=batch_size)
+        self.usage.update_state(counts)
+        return commitment + codebook if self.codebook == "gradient" else commitment
 
     def nearest(self, inputs):
         """Index of the code nearest to each vector: (…, D) to (…) int32."""
@@ -214,19 +249,24 @@ class VectorQuantizer(layers.Layer):
         return ops.take(self.embeddings, indices, axis=0)
 
     def _update_codebook(self, vectors, one_hot):
-        """Moving averages (appendix A.1) and restarts of dead codes."""
-        num_vectors = ops.shape(vectors)[0]
-        counts = self.decay * self.counts + (1 - self.decay) * ops.sum(one_hot, axis=0)
-        floor = self.restart_below * ops.cast(num_vectors, "float32") / self.num_embeddings
+        """Moving averages (appendix A.1) and restarts of dead codes, over the vectors of all replicas."""
+        (index, replicas), own = replica(), ops.shape(vectors)[0]
+        added = sum_over_replicas(ops.sum(one_hot, axis=0))
+        counts = self.decay * self.counts + (1 - self.decay) * added
+        floor = self.restart_below * ops.cast(replicas * own, "float32") / self.num_embeddings
         dead = counts < floor
-        chosen = keras.random.randint((self.num_embeddings,), 0, num_vectors, seed=self.seed_generator)
-        fresh = ops.take(vectors, chosen, axis=0)  # (K, D)
+        chosen = keras.random.randint((self.num_embeddings,), 0, replicas * own, seed=self.seed_generator)
+        chosen = chosen - index * own
+        here = (chosen >= 0) & (chosen < own)  # the others are vectors of other replicas
+        fresh = ops.take(vectors, ops.clip(chosen, 0, own - 1), axis=0)  # (K, D)
+        fresh = sum_over_replicas(ops.where(here[:, None], fresh, 0.0))
 
         self.counts.assign(ops.where(dead, floor, counts))
         if self.codebook == "gradient":
             self.embeddings.assign(ops.where(dead[:, None], fresh, ops.convert_to_tensor(self.embeddings)))
             return
-        sums = self.decay * self.sums + (1 - self.decay) * ops.matmul(ops.transpose(one_hot), vectors)
+        added = sum_over_replicas(ops.matmul(ops.transpose(one_hot), vectors))
+        sums = self.decay * self.sums + (1 - self.decay) * added
         self.sums.assign(ops.where(dead[:, None], floor * fresh, sums))
         # where restarts are off, a code that was never used keeps its place
         counts = self.counts[:, None]
@@ -423,8 +463,11 @@ class VQVAE(keras.Model):
 
     def _drop(self, quantized):
         """Some images' vectors (B, h, w, D) replaced by the mean of all."""
+        (index, replicas), own = replica(), ops.shape(quantized)[0]
         mean = ops.stop_gradient(ops.mean(quantized, axis=(0, 1, 2), keepdims=True))
-        drawn = keras.random.uniform((ops.shape(quantized)[0], 1, 1, 1), seed=self.seed_generator)
+        drawn = keras.random.uniform((replicas * own, 1, 1, 1), seed=self.seed_generator)
+        if replicas > 1:
+            mean, drawn = sum_over_replicas(mean) / replicas, drawn[index * own : (index + 1) * own]
         return ops.where(drawn < self.bottom_dropout, mean, quantized)
 
     def features(self, images):
@@ -462,11 +505,11 @@ class VQVAE(keras.Model):
             + self.l1_weight * ops.mean(ops.abs(error))
             + self.ssim_weight * (1 - ops.mean(ssim_map(x, y_pred)))
         )
+        reconstruction = _or_zero(reconstruction, x)
         self.reconstruction_loss.update_state(reconstruction, sample_weight=ops.shape(x)[0])
         self.ssim_metric.update_state(ssim(x, ops.clip(y_pred, 0, 1)))
-        for quantizer in self.quantizers:
-            quantizer.update_metrics(ops.shape(x)[0])
-        return reconstruction + sum(self.losses)
+        quantization = sum(quantizer.loss_and_metrics() for quantizer in self.quantizers)
+        return (reconstruction + quantization) / replica()[1]
 
     def get_config(self):
         return {**self.settings, "name": self.name}
@@ -852,9 +895,9 @@ class PixelCNN(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean cross-entropy in nats a code of `y` (B, h, w) under the logits `y_pred`."""
-        nats = ops.mean(keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True))
+        nats = _or_zero(ops.mean(keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)), y)
         self.bits.update_state(nats / math.log(2), sample_weight=ops.shape(y)[0])
-        return nats
+        return nats / replica()[1]
 
     def get_config(self):
         return {**self.settings, "name": self.name}

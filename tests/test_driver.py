@@ -207,6 +207,8 @@ def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
         ({"temperature": 0.0}, "temperature is 0.0: must be a positive number"),
         ({"top_p": 0.0}, "top_p is 0.0: must be above 0 and at most 1"),
         ({"seed": -1}, "seed is -1: must be 0 or more"),
+        ({"devices": 0}, "devices is 0: must be at least 1"),
+        ({"devices": 3}, "devices is 3: this machine has 1; choose no more"),
         ({"seed": 2**32}, "seed is 4294967296: must be below 4294967296"),
         ({"image_size": 8192}, "image_size is 8192: must be at most 4096"),
         ({"batch_size": 2.5}, "batch_size is 2.5: must be a whole number"),
@@ -246,11 +248,11 @@ def test_paths_may_be_text_and_grids_a_list():
 
 def test_fewer_slices_than_a_batch_are_used_with_a_warning(capsys):
     slices = dataset.Slices(np.zeros((3, 32, 32, 1), np.uint8), np.zeros(3, np.int32), np.array(["a", "b", "c"]))
-    driver.check_slices(driver.Config(batch_size=4), {"train": slices})
+    driver.check_slices(driver.Config(batch_size=4), {"train": slices, "validate": slices})
     assert capsys.readouterr().err == (
         "warning: 3 training slices are fewer than batch_size 4: each step takes all of them\n"
     )
-    driver.check_slices(driver.Config(batch_size=3), {"train": slices})
+    driver.check_slices(driver.Config(batch_size=3), {"train": slices, "validate": slices})
     assert capsys.readouterr().err == ""
 
 
