@@ -194,6 +194,23 @@ def test_use_is_counted_over_an_epoch():
     assert float(usage.result()["codes_used"]) == 0
 
 
+def test_moving_averages_do_not_drift_under_mixed_precision():
+    centres = 4.0 * np.eye(6, 3).astype(np.float32) - np.arange(6)[:, None]
+    layers = {policy: quantizer(decay=0.98, restart_below=0.0) for policy in ("float32", "mixed_bfloat16")}
+    for policy, layer in layers.items():
+        layer.embeddings.assign(centres)
+        random = np.random.default_rng(0)
+        keras.config.set_dtype_policy(policy)
+        try:
+            for _ in range(200):
+                features = centres[random.integers(0, 6, (2, 4, 4))] + 0.1 * random.normal(size=(2, 4, 4, 3))
+                layer(ops.cast(features, keras.config.dtype_policy().compute_dtype), training=True)
+        finally:
+            keras.config.set_dtype_policy("float32")
+    for exact, rounded in zip(*map(state, layers.values()), strict=True):
+        np.testing.assert_allclose(rounded, exact, rtol=5e-3, atol=5e-3)
+
+
 def test_the_quantizer_runs_in_float32_whatever_the_policy():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
