@@ -157,7 +157,8 @@ PRESETS = {
     ),
     **_preset(
         "student96",
-        "as earlier work: 12 × 12 codes, 128 of 16 dimensions, no residual blocks, plain prior; not run yet",
+        "as earlier work: 12 × 12 codes, 128 of 16 dimensions, no residual blocks, plain prior; 10 min on 2 cores, "
+        "test SSIM 0.903 at 261 bits an image",
         channels=32,
         residual_blocks=0,
         num_embeddings=128,
