@@ -208,7 +208,6 @@ def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
         ({"top_p": 0.0}, "top_p is 0.0: must be above 0 and at most 1"),
         ({"seed": -1}, "seed is -1: must be 0 or more"),
         ({"devices": 0}, "devices is 0: must be at least 1"),
-        ({"devices": 3}, "devices is 3: this machine has 1; choose no more"),
         ({"seed": 2**32}, "seed is 4294967296: must be below 4294967296"),
         ({"image_size": 8192}, "image_size is 8192: must be at most 4096"),
         ({"batch_size": 2.5}, "batch_size is 2.5: must be a whole number"),
@@ -238,6 +237,28 @@ def test_constants_that_cannot_work_are_refused_at_once(tmp_path, constants, mes
         driver.main(tiny(tmp_path, **constants))
     assert str(error.value) == message
     assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setattr(driver, "device_names", lambda: ["GPU:0", "GPU:1"])
+
+    def held(count: int) -> dataset.Slices:
+        return dataset.Slices(np.zeros((count, 32, 32, 1)), np.zeros(count, np.int32), np.array(["a"] * count))
+
+    def check(config: driver.Config, train: int, validate: int) -> None:
+        driver.check(config)
+        driver.check_slices(config, {"train": held(train), "validate": held(validate)})
+
+    def refused(config: driver.Config, train: int = 8, validate: int = 8) -> str:
+        with pytest.raises(driver.ConfigError) as error:
+            check(config, train, validate)
+        return str(error.value)
+
+    two = driver.Config(devices=2)
+    assert refused(driver.Config(devices=3)) == "devices is 3: this machine has 2; choose no more"
+    assert refused(driver.Config(devices=2, batch_size=5)) == "batch_size is 5: must be a multiple of devices, 2"
+    assert refused(two, train=5) == "devices is 2: 5 training slices cannot be shared evenly; choose 1"
+    assert refused(two, validate=9) == "devices is 2: must divide the 9 validation slices; choose another"
 
 
 def test_paths_may_be_text_and_grids_a_list():
