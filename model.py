@@ -149,7 +149,8 @@ class VectorQuantizer(layers.Layer):
     vector of the batch, with its count and sum to match. The counts begin at zero, so the first batch in
     training sets the whole codebook. Codes change in training only.
 
-    Everything runs in float32, whatever the dtype policy.
+    Everything runs in float32, whatever the dtype policy. Alone in a model, its `losses` are what Keras adds to the
+    model's loss; `VQVAE` takes them from `loss_and_metrics` instead.
 
     Args:
         num_embeddings: number of codes, K.
