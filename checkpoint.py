@@ -157,8 +157,14 @@ class Run:
 
     def _read_config(self) -> dict | None:
         path = self.folder / "config.json"
-        if not path.exists():
-            if self.folder.is_dir() and not all(map(_is_ours, self.folder.iterdir())):
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise RunError(f"run_dir is {self.folder}: cannot be read ({error.strerror}); choose another") from error
+        if path.name not in names:
+            if not all(map(_is_ours, names)):
                 raise RunError(f"run_dir is {self.folder}: holds other things than a run; choose another folder")
             return None
         try:
@@ -295,9 +301,9 @@ class Run:
         return codes
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(name: str) -> bool:
     """Whether a file can lie in a run folder before config.json does."""
-    return path.name == ".lock" or path.name.startswith(UNFINISHED)
+    return name == ".lock" or name.startswith(UNFINISHED)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -301,20 +301,21 @@ def cut(volume: Volume, place: float) -> np.ndarray:
     size = tuple(max(1, round(n * zoom / MM_PER_PIXEL)) for n, zoom in zip(plane.shape, volume.zooms, strict=False))
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-    brain = np.argwhere(volume.data.any(axis=2))
-    middle = brain.min(axis=0) + brain.max(axis=0) + 1  # twice the brain's centre, in voxels
-    middle = [middle[0] * size[0] / plane.shape[0] / 2, size[1] - middle[1] * size[1] / plane.shape[1] / 2]
-    left, top = (_offset(n, centre) for n, centre in zip(size, middle, strict=True))
     canvas = Image.new("F", (SIZE, SIZE))
-    canvas.paste(picture, (left, top))
+    canvas.paste(picture, (_offset(volume, 0, size[0]), _offset(volume, 1, size[1])))
     return (np.clip(np.asarray(canvas), 0, 1) * 255).round().astype(np.uint8)
 
 
-def _offset(side: int, centre: float) -> int:
-    """Where a picture begins within the square: in its middle, or, if too large, with the brain in its middle."""
+def _offset(volume: Volume, axis: int, side: int) -> int:
+    """Where a picture of `side` pixels begins within the square: in its middle, or, if too large, with the brain there.
+
+    axis: 0 from the left, 1 from the front.
+    """
     if side <= SIZE:
         return (SIZE - side) // 2
-    return int(np.clip(round(SIZE / 2 - centre), SIZE - side, 0))
+    inside = np.flatnonzero(volume.data.any(axis=(1 - axis, 2)))
+    centre = (inside[0] + inside[-1] + 1) / 2 * side / volume.data.shape[axis]
+    return int(np.clip(round(SIZE / 2 - (side - centre if axis else centre)), SIZE - side, 0))
 
 
 # ------------------------------------------------------------------------------------------------- slices
@@ -446,11 +447,11 @@ def _files(place: Path, sources: list[Source]) -> Iterator[tuple[Source, Path]]:
             if stem not in by_stem or not member.isreg() or member.size > MAX_MEMBER_BYTES:
                 continue
             suffix = member.name[len(stem) :].lower()
-            path = Path(folder) / f"volume{suffix}"
+            path = Path(folder) / f"{by_stem[stem].key}{suffix}"  # halves of pairs may come in any order
             other = {".img": ".hdr", ".hdr": ".img", ".img.gz": ".hdr.gz", ".hdr.gz": ".img.gz"}.get(suffix)
             with open(path, "wb") as file:
                 shutil.copyfileobj(archive.extractfile(member), file)
-            if other is None or (half := path.with_name(f"volume{other}")).exists():
+            if other is None or (half := path.with_name(f"{by_stem[stem].key}{other}")).exists():
                 yield by_stem[stem], path
                 path.unlink()
                 if other:

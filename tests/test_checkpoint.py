@@ -201,6 +201,16 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     )
 
 
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert refused(lambda: run_of(tmp_path)) == (
+        f"run_dir is {tmp_path}: cannot be read (Permission denied); choose another"
+    )
+
+
 def test_other_slices_are_refused(tmp_path):
     start(run_of(tmp_path, data_dir="/slices"), "some")
     assert refused(lambda: start(run_of(tmp_path, data_dir="/slices"), "others")) == (

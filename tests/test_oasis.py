@@ -280,6 +280,22 @@ def test_archives_give_the_same_slices(made, tmp_path):
     assert pngs[0] == pngs[1]
 
 
+def test_halves_of_pairs_may_come_in_any_order_and_one_may_lack(made, tmp_path, capsys):
+    headers, images = (sorted(made[0].rglob(f"*_masked_gfc{suffix}")) for suffix in (".hdr", ".img"))
+    images = [path for path in images if "OAS1_0001" not in path.name]
+    archive = tmp_path / "packed" / "disc.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        for path in [*headers, *images]:  # the first person has a header only
+            tar.add(path, path.relative_to(made[0]))
+    oasis.main(options(archive.parent, tmp_path / "slices"))
+    assert capsys.readouterr().err.count("was not found whole in") == 1
+    assert not list((tmp_path / "slices").rglob("case_001_*"))
+    (one,) = (tmp_path / "slices").rglob("case_003_slice_1.nii.png")
+    (expected,) = made[1].rglob("case_003_slice_1.nii.png")
+    assert one.read_bytes() == expected.read_bytes()
+
+
 def test_the_same_seed_gives_the_same_split_and_another_another(tmp_path):
     people = [f"OAS1_{i:04d}" for i in range(1, 355)]
     splits = [oasis.split_people(people, options(seed=seed)) for seed in (0, 0, 1)]
