@@ -870,7 +870,7 @@ def parse(arguments: list[str]) -> Config:
     default = PRESETS[chosen.preset].config
     config, unknown = tyro.cli(Config, default=default, args=rest, description=about, return_unknown_args=True)
     if unknown:
-        options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)]
+        options = ["--preset", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config))]
         near = difflib.get_close_matches(unknown[0], options, 1)
         raise ConfigError(
             f"{unknown[0]}: no such constant; {f'did you mean {near[0]}?' if near else 'see python driver.py --help'}"

@@ -408,6 +408,10 @@ def test_constants_that_there_are_not_end_with_status_2(monkeypatch, capsys):
         2,
         "error: --colour: no such constant; see python driver.py --help\n",
     )
+    assert ended(monkeypatch, capsys, "--presett", "oasis96") == (
+        2,
+        "error: --presett: no such constant; did you mean --preset?\n",
+    )
     assert ended(monkeypatch, capsys, "--bacth-size", "8") == (
         2,
         "error: --bacth-size: no such constant; did you mean --batch-size?\n",
