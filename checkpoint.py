@@ -21,6 +21,8 @@ import filelock
 import keras
 import numpy as np
 
+import devices
+
 UNFINISHED = "unfinished-"  # begins the names of files that are being written
 KEPT = 2  # checkpoints of a stage
 
@@ -39,6 +41,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         RunError: it cannot be written; what stood at `path` still does.
     """
+    stop_if_asked()
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,12 +321,17 @@ class Checkpoint(keras.callbacks.EarlyStopping):
 
     Saves after each epoch, in checkpoint/ of the run folder and under the stage's name: weights, optimizer, the best
     weights on validation and the counters of early stopping, as one .npz file of arrays. The last two are kept.
+
+    Args:
+        run: whose folder; None in a process that writes nothing, and is told what the first one has read.
+        stage: the network's name.
+        monitor, patience: what to judge by, the less the better, and for how many epochs to wait for less.
     """
 
-    def __init__(self, run: Run, stage: str, monitor: str, patience: int):
+    def __init__(self, run: Run | None, stage: str, monitor: str, patience: int):
         super().__init__(monitor, patience=patience, mode="min", restore_best_weights=True)
         self.run, self.stage = run, stage
-        self.folder = run.folder / "checkpoint"
+        self.folder = run.folder / "checkpoint" if run else None
         self.counters = {"epoch": 0, "wait": 0, "best": None, "best_epoch": 0, "stopped": False}
 
     def restore(self, network: keras.Model) -> int:
@@ -332,35 +340,40 @@ class Checkpoint(keras.callbacks.EarlyStopping):
         A damaged checkpoint is named and removed, and the one before it used.
         """
         network.optimizer.build(network.trainable_variables)
+        found = devices.from_first(self._read(network) if self.run else None)
+        if found:
+            self.counters, arrays = found
+            for name, variable in self._state(network).items():
+                variable.assign(arrays[name])
+            self.best_weights = [arrays[f"best_{i:03d}"] for i in range(len(network.weights))]
+        return self.counters["epoch"]
+
+    def _read(self, network: keras.Model) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """Counters and arrays of the last whole checkpoint, if there is one."""
         for path in reversed(self._paths()):
             try:
                 with np.load(path, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}  # zip files hold checksums, compared here
                 counters = json.loads(str(arrays.pop("counters")))
-                self._set(network, arrays)
+                self._check(network, arrays)
             except Exception as error:  # damage can come up as anything
                 print(f"warning: {path}: is damaged ({error}); going on from the one before it", file=sys.stderr)
                 remove(path)
                 continue
-            self.counters = counters
             self.run.require_history(self.stage, counters["epoch"])
-            break
-        return self.counters["epoch"]
+            return counters, arrays
+        return None
 
     def _paths(self) -> list[Path]:
         """This stage's checkpoints, the latest last."""
         return sorted(self.folder.glob(f"{self.stage}_epoch_*.npz"))
 
-    def _set(self, network: keras.Model, arrays: dict[str, np.ndarray]) -> None:
-        """Raises KeyError or ValueError if the arrays are not this network's, and sets nothing then."""
-        state = self._state(network)
-        best = [arrays[f"best_{i:03d}"] for i in range(len(network.weights))]
-        for name, variable in state.items():
+    def _check(self, network: keras.Model, arrays: dict[str, np.ndarray]) -> None:
+        """Raises KeyError or ValueError if the arrays are not this network's."""
+        expected = self._state(network) | {f"best_{i:03d}": weights for i, weights in enumerate(network.weights)}
+        for name, variable in expected.items():
             if arrays[name].shape != tuple(variable.shape):
                 raise ValueError(f"{name} has the shape {arrays[name].shape}, not {tuple(variable.shape)}")
-        for name, variable in state.items():
-            variable.assign(arrays[name])
-        self.best_weights = best
 
     @staticmethod
     def _state(network: keras.Model) -> dict[str, keras.Variable]:
@@ -382,6 +395,8 @@ class Checkpoint(keras.callbacks.EarlyStopping):
             "best_epoch": self.best_epoch,
             "stopped": self.model.stop_training,
         }
+        if not self.run:
+            return
         arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in self._state(self.model).items()}
         arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights)}
         path = self.folder / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
@@ -430,7 +445,7 @@ class SeedEpoch(keras.callbacks.Callback):
 
 
 class StopWhenLost(keras.callbacks.Callback):
-    """Ends training at once where a loss is no longer a number, by RunError.
+    """Ends training at once where a loss is no longer a number, by RunError, or where it is asked for, by Stopped.
 
     Args:
         checkpoint: whose best weights are saved, in checkpoint/ of the run folder, for whoever can use them.
@@ -446,6 +461,7 @@ class StopWhenLost(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
+        stop_if_asked()
         self._check(logs["loss"], f"in epoch {self.epoch + 1}")
 
     def on_epoch_end(self, epoch, logs=None):
@@ -455,7 +471,7 @@ class StopWhenLost(keras.callbacks.Callback):
         if np.isfinite(loss):
             return
         kept = ""
-        if self.checkpoint.best_weights is not None:
+        if self.checkpoint.run and self.checkpoint.best_weights is not None:
             path = self.checkpoint.folder / f"{self.checkpoint.stage}.keras"
             self.best.set_weights(self.checkpoint.best_weights)
             save_model(self.best, path)
@@ -482,11 +498,24 @@ class Stopped(BaseException):
         self.status = 128 + number
 
 
+_asked: int | None = None  # the signal that was received
+
+
 def stop_on_signals() -> None:
     """Have Ctrl-C and SIGTERM raise `Stopped` where the program is."""
+    global _asked
+    _asked = None
 
     def stop(number, frame):
+        global _asked
+        _asked = number
         raise Stopped(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+def stop_if_asked() -> None:
+    """Raise `Stopped` once more if it was lost: NumPy swallows what is raised while it waits for an array of JAX's."""
+    if _asked is not None:
+        raise Stopped(_asked)

@@ -486,7 +486,12 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 def image_batches(
-    slices: Slices, batch_size: int, seed: int | None = None, first_epoch: int = 0, augmented: bool = False
+    slices: Slices,
+    batch_size: int,
+    seed: int | None = None,
+    first_epoch: int = 0,
+    augmented: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Batches of images with their slice positions.
 
@@ -494,22 +499,24 @@ def image_batches(
         seed: None gives one pass in order; a number gives endless epochs, each shuffled by (seed, epoch).
         first_epoch: the epoch to begin with, where shuffled.
         augmented: change every image by `augment`; a function of (seed, epoch, step), where shuffled.
+        share: (i, n) gives the i-th of n equal parts of each batch, the same images as in the whole one; n must
+            divide all batches.
 
     Returns:
         A dataset of (images (B, H, W, 1) float32 in [0, 1], positions (B,) int32), prefetched.
     """
-    batches = _batches((slices.images, slices.positions), batch_size, seed, first_epoch)
+    batches = _batches((slices.images, slices.positions), batch_size, seed, first_epoch, share)
     first_step = first_epoch * steps_per_epoch(len(slices), batch_size)
 
     def to_model(step: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         images, positions = batch
         images = tf.cast(images, tf.float32) / 255
-        return augment(images, (seed, step)) if augmented else images, positions
+        return augment(images, (seed, step), share) if augmented else images, positions
 
     return batches.enumerate(first_step).map(to_model).prefetch(2)
 
 
-def augment(images: tf.Tensor, seed: tuple[int, int]) -> tf.Tensor:
+def augment(images: tf.Tensor, seed: tuple[int, int], share: tuple[int, int] = (0, 1)) -> tf.Tensor:
     """Mirror, brighten and, one in two, turn and stretch images at random.
 
     A hundred people are few: without this the VQ-VAE learns them by heart. Turning (by up to 5°) and stretching (by
@@ -519,12 +526,15 @@ def augment(images: tf.Tensor, seed: tuple[int, int]) -> tf.Tensor:
     Args:
         images: (B, H, W, 1) float32 in [0, 1], square.
         seed: two numbers that fix all that is random.
+        share: (i, n) if these are the i-th of n equal parts of a batch.
 
     Returns:
         (B, H, W, 1) float32 in [0, 1]; what comes in from outside the image is black.
     """
     size, count = images.shape[1], tf.shape(images)[0]
-    draws = tf.random.stateless_uniform((6, count), tf.cast(tf.stack(seed), tf.int32), -1, 1)
+    part, parts = share
+    draws = tf.random.stateless_uniform((6, parts * count), tf.cast(tf.stack(seed), tf.int32), -1, 1)
+    draws = draws[:, part * count : (part + 1) * count]
     side, bent, turn, stretch_x, stretch_y, gain = tf.unstack(draws)
     mirror, bent = tf.sign(side), tf.where(bent < 0, 0.0, 1.0)
     angle = bent * turn * (5 * np.pi / 180)
@@ -554,6 +564,7 @@ def code_batches(
     seed: int | None = None,
     first_epoch: int = 0,
     coarse: np.ndarray | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Batches for training a prior: ((codes, positions[, coarse]), codes), otherwise as `image_batches`.
 
@@ -562,7 +573,8 @@ def code_batches(
         coarse: (N, h', w') int32 codes of the coarser level, for a prior that is told them.
     """
     arrays = (codes, positions) if coarse is None else (codes, positions, coarse)
-    return _batches(arrays, batch_size, seed, first_epoch).map(lambda *batch: (batch, batch[0])).prefetch(2)
+    batches = _batches(arrays, batch_size, seed, first_epoch, share)
+    return batches.map(lambda *batch: (batch, batch[0])).prefetch(2)
 
 
 def steps_per_epoch(num_slices: int, batch_size: int) -> int:
@@ -570,7 +582,9 @@ def steps_per_epoch(num_slices: int, batch_size: int) -> int:
     return max(1, num_slices // batch_size)
 
 
-def _batches(arrays: tuple[np.ndarray, ...], batch_size: int, seed: int | None, first_epoch: int) -> tf.data.Dataset:
+def _batches(
+    arrays: tuple[np.ndarray, ...], batch_size: int, seed: int | None, first_epoch: int, share: tuple[int, int]
+) -> tf.data.Dataset:
     """Batches of rows of `arrays`, taken out of NumPy a batch at a time so that the arrays are never copied."""
     num_rows = len(arrays[0])
     if seed is None:
@@ -584,7 +598,10 @@ def _batches(arrays: tuple[np.ndarray, ...], batch_size: int, seed: int | None, 
 
         indices = tf.data.Dataset.counter(start=first_epoch).flat_map(epoch_indices)
 
+    part, parts = share
+
     def rows(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        index = tf.split(index, parts)[part]
         taken = tf.numpy_function(lambda i: [a[i] for a in arrays], [index], [a.dtype for a in arrays], stateful=False)
         return tuple(tf.ensure_shape(t, (None, *a.shape[1:])) for t, a in zip(taken, arrays, strict=True))
 

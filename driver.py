@@ -36,6 +36,7 @@ from PIL import Image
 
 import checkpoint
 import dataset
+import devices
 import metrics
 import model
 import plots
@@ -77,7 +78,12 @@ class Config:
     augment: bool = True  # mirror, brighten, turn and stretch the slices that the VQ-VAE trains on
     batch_size: int = 16  # slices in a training step, all stages
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed is for GPUs and TPUs
-    devices: int = 1  # GPUs of this machine that a training step's batch is shared between; CPUs where there are none
+    devices: int = 1  # GPUs of each process that a training step's batch is shared between; CPUs where there are none
+    coordinator: str | None = (
+        None  # of several processes, on JAX: the first one's HOST:PORT; "cluster" asks SLURM and the like
+    )
+    num_processes: int = 1  # that share a training step's batch, where coordinator is HOST:PORT
+    process_index: int = 0  # of this process, from 0; only the first writes files
     vqvae_epochs: int = 50  # at most
     vqvae_learning_rate: float = 1e-3  # peak; rises over the first steps, then falls to 0 by a cosine
     vqvae_patience: int = 10  # epochs without a better validation reconstruction before stopping
@@ -204,6 +210,7 @@ PRESETS = {
 }
 
 
+PLACE_CONSTANTS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # where a run takes place
 SAMPLING_CONSTANTS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")
 FILES_OF_SAMPLES = (  # what depends on those
     "samples",
@@ -249,14 +256,14 @@ def check(config: Config) -> None:
         require(field, lambda v, kind=kind: _is_a(v, kind), _described(kind))
     positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
     positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
-    positive += ("prior_patience", "num_samples", "devices")
+    positive += ("prior_patience", "num_samples", "devices", "num_processes")
     for field in positive:
         require(field, lambda v: v >= 1, "at least 1")
     for field in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
         require(field, lambda v: 0 < v < float("inf"), "a positive number")
     for field in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
         require(field, lambda v: 0 <= v < float("inf"), "0 or a positive number")
-    for field in ("seed", "residual_blocks", "top_k"):
+    for field in ("seed", "residual_blocks", "top_k", "process_index"):
         require(field, lambda v: v >= 0, "0 or more")
     require("seed", lambda v: v < 2**32, "below 4294967296")
     for field in ("ema_decay", "restart_below", "bottom_dropout", "prior_dropout"):
@@ -266,10 +273,12 @@ def check(config: Config) -> None:
     require("image_size", lambda v: v >= 16, "at least 16 (SSIM's window is 11 pixels wide)")
     require("image_size", lambda v: v <= 4096, "at most 4096")
     require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd, and at least 3")
-    if config.devices > 1 and len(device_names()) < config.devices:
-        raise ConfigError(f"devices is {config.devices}: this machine has {len(device_names())}; choose no more")
-    if config.batch_size % config.devices:
-        raise ConfigError(f"batch_size is {config.batch_size}: must be a multiple of devices, {config.devices}")
+    require("coordinator", _is_coordinator, f'HOST:PORT of the first process, "{devices.CLUSTER}" or None')
+    if config.coordinator and not devices.on_jax():
+        raise ConfigError(f"coordinator is {config.coordinator}: several processes need JAX; set KERAS_BACKEND=jax")
+    if config.num_processes > 1 and not config.coordinator:
+        raise ConfigError(f"num_processes is {config.num_processes}: needs coordinator, the first one's HOST:PORT")
+    require("process_index", lambda v: v < config.num_processes, f"below num_processes, {config.num_processes}")
     if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
         raise ConfigError(
             f"mse_weight is {config.mse_weight}: one of mse_weight, l1_weight and ssim_weight must be positive"
@@ -285,6 +294,36 @@ def check(config: Config) -> None:
             model.block_dilations(grid, model.PixelCNN.FIRST_KERNEL, config.prior_kernel_size, config.prior_blocks)
         except ValueError as error:
             raise ConfigError(f"prior_blocks is {config.prior_blocks}: {error}") from error
+
+
+def check_devices(config: Config) -> None:
+    """Refuse devices that there are not, or that cannot share a batch. Raises ConfigError."""
+    there, sharing = len(devices.names()), devices.count(config.devices)
+    if config.devices > there:
+        raise ConfigError(f"devices is {config.devices}: this process has {there}; choose no more")
+    if config.batch_size % sharing:
+        raise ConfigError(f"batch_size is {config.batch_size}: must be a multiple of the {sharing} devices sharing it")
+
+
+def check_alike(config: Config, fingerprint: str) -> None:
+    """Refuse constants or slices that are not the first process'.
+
+    Raises:
+        ConfigError: a constant differs.
+        dataset.DataError: the slices differ.
+    """
+    own = json_constants(config) | {"data_dir": None, "devices": config.devices}  # folders may have other names here
+    first, first_fingerprint = devices.from_first((own, fingerprint))
+    for name, value in own.items():
+        if value != first[name]:
+            raise ConfigError(f"{name} is {value}: the first process has {first[name]}; give all of them the same")
+    if fingerprint != first_fingerprint:
+        raise dataset.DataError(f"{config.data_dir}: holds other slices than the first process'; give all the same")
+
+
+def _is_coordinator(value: str | None) -> bool:
+    host, _, port = (value or "").rpartition(":")
+    return value in (None, devices.CLUSTER) or bool(host) and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _is_a(value, kind) -> bool:
@@ -314,15 +353,14 @@ def check_slices(config: Config, slices: dict[str, dataset.Slices]) -> None:
     Raises:
         ConfigError: a slice position to draw that no training slice has, or slices that devices cannot share.
     """
-    known, count = np.unique(slices["train"].positions), len(slices["train"])
+    known, count, sharing = np.unique(slices["train"].positions), len(slices["train"]), devices.count(config.devices)
     unknown = sorted(set(config.sample_positions) - set(known.tolist()))
     if unknown:
         raise ConfigError(f"sample_positions has {unknown[0]}: the training slices have {known.min()} to {known.max()}")
-    if count < config.batch_size and count % config.devices:
-        raise ConfigError(f"devices is {config.devices}: {count} training slices cannot be shared evenly; choose 1")
-    if len(slices["validate"]) % config.devices:
-        held = len(slices["validate"])
-        raise ConfigError(f"devices is {config.devices}: must divide the {held} validation slices; choose another")
+    shared = {"validation": len(slices["validate"])} | ({"training": count} if count < config.batch_size else {})
+    for split, held in shared.items():
+        if held % sharing:
+            raise ConfigError(f"devices is {config.devices}: {sharing} cannot share {held} {split} slices evenly")
     if count < config.batch_size:
         print(
             f"warning: {count} training slices are fewer than batch_size {config.batch_size}: each step takes all of "
@@ -335,39 +373,53 @@ def check_slices(config: Config, slices: dict[str, dataset.Slices]) -> None:
 
 
 def main(config: Config) -> dict:
-    """Run all steps that are not done yet, in order; returns what stands in metrics.json.
+    """Run all steps that are not done yet, in order; returns what stands in metrics.json, in the first process.
 
     Raises:
         ConfigError: a constant cannot work.
+        devices.ProcessError: several processes cannot work together.
         dataset.DataError: the data cannot be used.
         checkpoint.RunError: the run folder cannot be used, or the run cannot go on.
         checkpoint.Stopped: Ctrl-C or SIGTERM, where `checkpoint.stop_on_signals` was called.
     """
     check(config)
-    run = open_run(config)
-    if run.has(all_files(config)):
-        print(f"{run.folder} is complete; nothing to do. Another run_dir or seed makes another run.")
-        return finish(config, run)
+    with devices.joined(config.coordinator, config.num_processes, config.process_index):
+        check_devices(config)
+        run = open_run(config) if devices.is_first() else None
+        if devices.from_first(run is not None and run.has(all_files(config))):
+            print(f"{run_folder(config)} is complete; nothing to do. Another run_dir or seed makes another run.")
+            return finish(config, run) if run else {}
 
-    print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, since data_dir is not set")
-    slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
-    for split, held in slices.items():
-        print(f"  {split}: {len(held)} slices of {len(set(held.cases))} people")
-    check_slices(config, slices)
-    with run.start(dataset.fingerprint(slices)):
-        vqvae = train_vqvae(config, run, slices)
-        codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
-        priors = train_priors(config, run, codes, slices)
-        draw_samples(config, run, vqvae, priors, slices)
-        made = Made(
-            validate=decode(vqvae, codes["validate"], config.batch_size),
-            test=decode(vqvae, codes["test"], config.batch_size),
-            drawn=decode(vqvae, read_codes(config, run, "measured_codes", len(slices["test"])), config.batch_size),
-        )
-        measure(config, run, priors, codes["test"], slices, made)
-        draw_pictures(config, run, vqvae, priors, codes["test"], slices, made)
-        write_report(config, run)
-        return finish(config, run)
+        print(devices.described(config.devices))
+        print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, since data_dir is not set")
+        slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
+        for split, held in slices.items():
+            print(f"  {split}: {len(held)} slices of {len(set(held.cases))} people")
+        check_slices(config, slices)
+        fingerprint = dataset.fingerprint(slices)
+        check_alike(config, fingerprint)
+        with run.start(fingerprint) if run else contextlib.nullcontext():
+            vqvae = train_vqvae(config, run, slices)
+            codes = {split: encode(vqvae, held.images, config.batch_size) for split, held in slices.items()}
+            priors = train_priors(config, run, codes, slices)
+            devices.leave()
+            return use(config, run, vqvae, priors, codes, slices) if run else {}
+
+
+def use(
+    config: Config, run: checkpoint.Run, vqvae: model.VQVAE, priors: list, codes: dict[str, list], slices: dict
+) -> dict:
+    """All steps that need trained networks only: new brains, numbers, pictures, report; returns the numbers."""
+    draw_samples(config, run, vqvae, priors, slices)
+    made = Made(
+        validate=decode(vqvae, codes["validate"], config.batch_size),
+        test=decode(vqvae, codes["test"], config.batch_size),
+        drawn=decode(vqvae, read_codes(config, run, "measured_codes", len(slices["test"])), config.batch_size),
+    )
+    measure(config, run, priors, codes["test"], slices, made)
+    draw_pictures(config, run, vqvae, priors, codes["test"], slices, made)
+    write_report(config, run)
+    return finish(config, run)
 
 
 @dataclass(frozen=True)
@@ -436,34 +488,6 @@ def precision(policy: str):
         keras.config.set_dtype_policy("float32")
 
 
-@contextlib.contextmanager
-def spread(devices: int):
-    """Networks made inside are trained on so many devices of this machine, each with its share of a batch.
-
-    By `tf.distribute.MirroredStrategy` on TensorFlow, by `keras.distribution.DataParallel` on JAX.
-    """
-    if devices == 1:
-        yield
-        return
-    chosen = device_names()[:devices]
-    if keras.backend.backend() == "jax":
-        distribution = keras.distribution.DataParallel(devices=chosen, auto_shard_dataset=False)
-    else:
-        # TensorFlow's default, collective operations, mixes up the sparse gradients of embeddings with dense ones.
-        on_gpus = all("GPU" in name for name in chosen)
-        reduction = tf.distribute.NcclAllReduce() if on_gpus else tf.distribute.ReductionToOneDevice()
-        distribution = tf.distribute.MirroredStrategy(chosen, reduction)
-    with distribution.scope():
-        yield
-
-
-def device_names() -> list[str]:
-    """The GPUs or TPUs of this machine, or its CPUs where there are none."""
-    if keras.backend.backend() == "jax":
-        return keras.distribution.list_devices()
-    return [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
-
-
 def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
     """Adam whose rate rises over the first steps and falls to 0 by a cosine until the last epoch."""
     warm_up = min(steps, 20)
@@ -473,7 +497,7 @@ def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optim
     return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
 
 
-def train_vqvae(config: Config, run: checkpoint.Run, slices: dict[str, dataset.Slices]) -> model.VQVAE:
+def train_vqvae(config: Config, run: checkpoint.Run | None, slices: dict[str, dataset.Slices]) -> model.VQVAE:
     """The trained VQ-VAE."""
     train, validate = slices["train"], slices["validate"]
     return train_stage(
@@ -482,40 +506,42 @@ def train_vqvae(config: Config, run: checkpoint.Run, slices: dict[str, dataset.S
         "vqvae",
         make=lambda: make_vqvae(config, train),
         training=lambda epoch: dataset.image_batches(
-            train, config.batch_size, config.seed, epoch, augmented=config.augment
+            train, config.batch_size, config.seed, epoch, config.augment, devices.processes()
         ),
-        validation=dataset.image_batches(validate, config.batch_size),
+        validation=dataset.image_batches(validate, config.batch_size, share=devices.processes()),
         steps=dataset.steps_per_epoch(len(train), config.batch_size),
         monitor="val_reconstruction",
     )
 
 
 def train_priors(
-    config: Config, run: checkpoint.Run, codes: dict[str, list], slices: dict[str, dataset.Slices]
+    config: Config, run: checkpoint.Run | None, codes: dict[str, list], slices: dict[str, dataset.Slices]
 ) -> list[model.PixelCNN]:
     """The trained prior of each level, the coarsest first."""
     return [train_prior(config, run, codes, slices, level) for level in range(len(config.grids))]
 
 
 def train_prior(
-    config: Config, run: checkpoint.Run, codes: dict[str, list], slices: dict[str, dataset.Slices], level: int
+    config: Config, run: checkpoint.Run | None, codes: dict[str, list], slices: dict[str, dataset.Slices], level: int
 ) -> model.PixelCNN:
     """The trained prior of one level's code indices, (N, h, w) of each split and level."""
+    train, validate = slices["train"], slices["validate"]
+    share = devices.processes()
     return train_stage(
         config,
         run,
         prior_names(config)[level],
         make=lambda: make_prior(config, level),
-        training=lambda epoch: prior_batches(config, codes["train"], slices["train"], level, config.seed, epoch),
-        validation=prior_batches(config, codes["validate"], slices["validate"], level),
-        steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
+        training=lambda epoch: prior_batches(config, codes["train"], train, level, config.seed, epoch, share),
+        validation=prior_batches(config, codes["validate"], validate, level, share=share),
+        steps=dataset.steps_per_epoch(len(train), config.batch_size),
         monitor="val_loss",
     )
 
 
 def train_stage(
     config: Config,
-    run: checkpoint.Run,
+    run: checkpoint.Run | None,
     stage: str,
     make: Callable[[], keras.Model],
     training: Callable[[int], tf.data.Dataset],
@@ -526,18 +552,22 @@ def train_stage(
     """Train either network, or go on with it, and save the best one on validation; or load it if that is done.
 
     Args:
+        run: where to; None in a process that writes nothing.
         make: makes the untrained network, which is trained in the chosen precision and used in float32.
-        training: endless batches, from an epoch on; `steps` of them are an epoch.
+        training: endless batches, this process' share of each, from an epoch on; `steps` of them are an epoch.
+        validation: this process' share of the batches to judge by.
         monitor: what to judge by; the less, the better.
     """
-    network, path = make(), run.folder / f"{stage}.keras"
-    if path.exists():
-        checkpoint.load_weights(network, path)
-        run.require_history(stage)
+    network, path = make(), run.folder / f"{stage}.keras" if run else None
+    if devices.from_first(run is not None and path.exists()):
+        if run:
+            checkpoint.load_weights(network, path)
+            run.require_history(stage)
+        network.set_weights(devices.from_first(network.get_weights()))
         return network
     kind = "vqvae" if stage == "vqvae" else "prior"
     epochs, patience, rate = (getattr(config, f"{kind}_{name}") for name in ("epochs", "patience", "learning_rate"))
-    with spread(config.devices):
+    with devices.spread(config.devices):
         with precision(config.precision):
             trained = make()
         trained.compile(make_optimizer(rate, epochs, steps))
@@ -549,6 +579,15 @@ def train_stage(
         if done:
             print(f"going on after epoch {done}")
         if done < epochs and not saved.counters["stopped"]:
+            callbacks = [
+                checkpoint.SeedEpoch(config.seed),
+                checkpoint.StopWhenLost(saved, f"{kind}_learning_rate", network),
+            ]
+            if run:
+                callbacks += [
+                    checkpoint.History(run, stage, prefixes(config)),
+                    keras.callbacks.TensorBoard(run.folder / "logs" / stage),
+                ]
             trained.fit(
                 training(done),
                 initial_epoch=done,
@@ -557,16 +596,11 @@ def train_stage(
                 shuffle=False,  # the pipeline has done it
                 validation_data=validation,
                 verbose=1 if sys.stdout.isatty() else 2,
-                callbacks=[
-                    checkpoint.SeedEpoch(config.seed),
-                    checkpoint.StopWhenLost(saved, f"{kind}_learning_rate", network),
-                    checkpoint.History(run, stage, prefixes(config)),
-                    keras.callbacks.TensorBoard(run.folder / "logs" / stage),
-                    saved,
-                ],
+                callbacks=[*callbacks, saved],
             )
     network.set_weights(saved.best_weights)
-    checkpoint.save_model(network, path)
+    if run:
+        checkpoint.save_model(network, path)
     return network
 
 
@@ -577,10 +611,11 @@ def prior_batches(
     level: int,
     seed: int | None = None,
     first_epoch: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Batches for a level's prior of one split's codes, all levels' of them; see `dataset.code_batches`."""
     coarse = codes[level - 1] if level else None
-    return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, first_epoch, coarse)
+    return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, first_epoch, coarse, share)
 
 
 def encode(vqvae: model.VQVAE, images: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -807,7 +842,9 @@ def run_folder(config: Config) -> Path:
 
 def open_run(config: Config) -> checkpoint.Run:
     """The run folder. Raises checkpoint.RunError if it cannot be this configuration's."""
-    return checkpoint.Run(run_folder(config), json_constants(config), versions(), SAMPLING_CONSTANTS, FILES_OF_SAMPLES)
+    return checkpoint.Run(
+        run_folder(config), json_constants(config), versions(config), SAMPLING_CONSTANTS, FILES_OF_SAMPLES
+    )
 
 
 def all_files(config: Config) -> list[str]:
@@ -818,17 +855,17 @@ def all_files(config: Config) -> list[str]:
 
 
 def json_constants(config: Config) -> dict:
-    """The constants as they stand in config.json; run_dir is where the file lies and not part of it."""
-    constants = dataclasses.asdict(config)
-    del constants["run_dir"]
+    """The constants as they stand in config.json: those that what comes out depends on, but for rounding."""
+    constants = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE_CONSTANTS}
     constants["data_dir"] = str(config.data_dir.resolve()) if config.data_dir else None
     return constants | {"grids": list(config.grids), "sample_positions": list(config.sample_positions)}
 
 
-def versions() -> dict[str, str]:
-    """Of the project and all that has an effect on numbers."""
+def versions(config: Config) -> dict[str, str]:
+    """Of the project, and all else that has an effect on the last digits of numbers."""
     packages = ("tensorflow", "tensorflow-probability", "keras", "numpy", "scikit-image", "matplotlib")
     own = {"project": PROJECT_VERSION, "python": platform.python_version(), "backend": keras.backend.backend()}
+    own["devices"] = str(devices.count(config.devices))
     return own | {name: version(name) for name in packages}
 
 
@@ -885,7 +922,7 @@ def command_line() -> int:
         checkpoint.stop_on_signals()
         config = parse(sys.argv[1:])
         main(config)
-    except (ConfigError, dataset.DataError, checkpoint.RunError) as error:
+    except (ConfigError, dataset.DataError, checkpoint.RunError, devices.ProcessError) as error:
         print(f"error: {dataset.one_line(error)}", file=sys.stderr)
         return 2
     except checkpoint.Stopped as stopped:
@@ -896,4 +933,4 @@ def command_line() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    devices.end(command_line())

@@ -24,11 +24,11 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 TRAIN = """
 import json
 import keras, numpy as np
-import dataset, driver, model
+import dataset, devices, model
 
-def train(devices, codebook, grids):
+def train(count, codebook, grids):
     keras.utils.set_random_seed(0)
-    with driver.spread(devices):
+    with devices.spread(count):
         settings = {"channels": 4, "residual_blocks": 1, "num_embeddings": 32, "embedding_dim": 4}
         vqvae = model.VQVAE(32, grids, codebook=codebook, restart_below=0.5, data_variance=0.1, **settings)
         vqvae.compile(keras.optimizers.SGD(0.05))
@@ -44,7 +44,7 @@ def train(devices, codebook, grids):
     return {**history, "embeddings": embeddings}
 
 codebook, grids = sys.argv[1], json.loads(sys.argv[2])
-print(json.dumps([train(devices, codebook, grids) for devices in (1, 2)]))
+print(json.dumps([train(count, codebook, grids) for count in (1, 2)]))
 """
 
 DRIVE = """
