@@ -10,7 +10,9 @@ import atexit
 import contextlib
 import os
 import pickle
+import socket
 import sys
+import time
 from collections.abc import Iterator
 
 import keras
@@ -18,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 CLUSTER = "cluster"  # a coordinator that the environment knows
+WAIT = 300  # seconds that the processes of a run wait for each other at its start
 
 
 class ProcessError(Exception):
@@ -82,6 +85,10 @@ def joined(coordinator: str | None, num_processes: int = 1, process_index: int =
 
     jax.config.update("jax_enable_preemption_service", False)  # would keep SIGTERM to itself
     known = (None, None, None) if coordinator == CLUSTER else (coordinator, num_processes, process_index)
+    if coordinator != CLUSTER:
+        print(f"process {process_index} of {num_processes}: waiting for the others, {WAIT // 60} minutes at most")
+        if process_index:
+            _reach(coordinator)
     try:
         keras.distribution.initialize(*known)
     except (ValueError, RuntimeError) as error:
@@ -101,6 +108,23 @@ def joined(coordinator: str | None, num_processes: int = 1, process_index: int =
                 "commands go on after the last finished epoch"
             ) from error
         raise
+
+
+def _reach(coordinator: str) -> None:
+    """Wait until the first process listens; JAX itself would end without a word to the user. Raises ProcessError."""
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until or isinstance(error, socket.gaierror):
+                raise ProcessError(
+                    f"coordinator is {coordinator}: nobody answers there ({error}); start the first process on that "
+                    "machine, with process_index 0"
+                ) from error
+        time.sleep(0.2)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""Training on two devices is training on one: on two logical CPU devices, in a process that has them."""
+"""Training on two devices, and in two processes, is training on one: on CPUs, in processes of their own."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,39 +48,73 @@ codebook, grids = sys.argv[1], json.loads(sys.argv[2])
 print(json.dumps([train(count, codebook, grids) for count in (1, 2)]))
 """
 
+# The driver up to where training ends, which is what devices are for; returns what each epoch ends with.
 DRIVE = """
-import driver
-driver.main(driver.parse(sys.argv[1:]))
-"""
-
-
-DRIVE_UNTIL_EPOCH_2 = """
+import json, shutil, sys
 import checkpoint, driver
 
-def stop(self, epoch, logs=None):
-    if epoch == 1:
-        raise checkpoint.Stopped(15)
+def drive(arguments, after_first_epoch=None):
+    rows = []
 
-checkpoint.SeedEpoch.on_epoch_begin = stop
+    def keep(self, epoch, logs=None):
+        saved(self, epoch, logs)
+        rows.append(logs)
+        if len(rows) == 1 and after_first_epoch:
+            after_first_epoch()
+
+    saved, checkpoint.Checkpoint.on_epoch_end = checkpoint.Checkpoint.on_epoch_end, keep
+    try:
+        driver.use = lambda *made: {}
+        driver.main(driver.parse(arguments))
+    finally:
+        checkpoint.Checkpoint.on_epoch_end = saved
+    return rows
+"""
+
+ALONE_AND_STOPPED = """
+def stop():
+    raise checkpoint.Stopped(15)
+
+alone, stopped, *arguments = sys.argv[1:]
+drive([*arguments, "--run-dir", alone])
 try:
-    driver.main(driver.parse(sys.argv[1:]))
+    drive([*arguments, "--run-dir", stopped], stop)
 except checkpoint.Stopped:
-    print("stopped")
+    print(len(drive([*arguments, "--run-dir", stopped])))
+"""
+
+ONE_DEVICE_AND_TWO = """
+one, two, stopped, *arguments = sys.argv[1:]
+rows = drive([*arguments, "--run-dir", one], lambda: shutil.copytree(one, stopped))
+print(json.dumps([rows, drive([*arguments, "--run-dir", two, "--devices", "2"])]))
+"""
+
+ONE_OF_TWO_PROCESSES = """
+print(json.dumps(drive(sys.argv[1:])))
+driver.devices.end(0)
 """
 
 
-def run(code: str, *arguments) -> str:
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, "-c", TWO_CPUS + code, *map(str, arguments)], env=environment, capture_output=True, text=True
+def start(code: str, *arguments, **environment) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+
+
+def printed(process: subprocess.Popen, status: int = 0) -> str:
+    """The last line that a process prints."""
+    output, error = process.communicate(timeout=200)
+    assert process.returncode == status, error
+    return output.splitlines()[-1] if output else ""
 
 
 @pytest.mark.parametrize(("codebook", "grids"), [("ema", [4, 8]), ("gradient", [4])])
 def test_two_devices_train_as_one_does_restarts_and_all(codebook, grids):
-    one, two = json.loads(run(TRAIN, codebook, grids).splitlines()[-1])
+    one, two = json.loads(printed(start(TWO_CPUS + TRAIN, codebook, grids)))
     assert one.keys() == two.keys()
     assert len(one["loss"]) == 5
     for name, expected in one.items():
@@ -92,11 +127,36 @@ def test_two_devices_train_as_one_does_restarts_and_all(codebook, grids):
             assert two[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
-def test_the_driver_runs_on_two_devices_and_goes_on(tmp_path):
-    phantom.write_pngs(tmp_path / "slices", num_cases=6, num_positions=4, image_size=32)
-    arguments = ["--data-dir", tmp_path / "slices", "--run-dir", tmp_path / "run", "--devices", "2", *kill.CONSTANTS]
-    arguments += ["--vqvae-epochs", "2", "--prior-epochs", "1"]
-    stopped = run(DRIVE_UNTIL_EPOCH_2, *arguments)
-    assert stopped.splitlines()[-1] == "stopped"
-    assert "going on after epoch 1" in run(DRIVE, *arguments)
-    assert (tmp_path / "run" / "report.html").exists()
+@pytest.fixture(scope="module")
+def constants(tmp_path_factory) -> list:
+    folder = tmp_path_factory.mktemp("slices")
+    phantom.write_pngs(folder, num_cases=6, num_positions=4, image_size=32)
+    return ["--data-dir", folder, *kill.CONSTANTS, "--vqvae-epochs", "2", "--prior-epochs", "1"]
+
+
+def test_a_run_on_two_devices_that_was_stopped_ends_with_the_same_bytes(tmp_path, constants):
+    alone, stopped = tmp_path / "alone" / "run", tmp_path / "stopped" / "run"
+    assert printed(start(TWO_CPUS + DRIVE + ALONE_AND_STOPPED, alone, stopped, *constants, "--devices", "2")) == "2"
+    assert kill.differences(alone, stopped) == []
+    assert (stopped / "prior.keras").exists()
+
+
+def test_two_devices_and_two_processes_train_as_one_does_on_jax_and_go_on(tmp_path, constants):
+    pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
+    on_jax = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    two_cpus = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    folders = [tmp_path / name for name in ("one", "two", "stopped")]
+    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *constants, **on_jax, **two_cpus)))
+    assert len(one) == 3
+    assert two == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in one]
+
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    together = ["--run-dir", folders[-1], "--coordinator", f"localhost:{port}", "--num-processes", 2]
+    processes = [
+        start(DRIVE + ONE_OF_TWO_PROCESSES, *constants, *together, "--process-index", i, **on_jax) for i in range(2)
+    ]
+    first, second = (json.loads(printed(process)) for process in processes)
+    assert first == second
+    assert first == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in one[1:]]
+    assert len((folders[-1] / "history.csv").read_text().splitlines()) == 1 + len(one)
