@@ -302,7 +302,9 @@ def check_devices(config: Config) -> None:
     if config.devices > there:
         raise ConfigError(f"devices is {config.devices}: this process has {there}; choose no more")
     if config.batch_size % sharing:
-        raise ConfigError(f"batch_size is {config.batch_size}: must be a multiple of the {sharing} devices sharing it")
+        raise ConfigError(
+            f"batch_size is {config.batch_size}: must be a multiple of the {sharing} devices that share it"
+        )
 
 
 def check_alike(config: Config, fingerprint: str) -> None:
@@ -316,9 +318,11 @@ def check_alike(config: Config, fingerprint: str) -> None:
     first, first_fingerprint = devices.from_first((own, fingerprint))
     for name, value in own.items():
         if value != first[name]:
-            raise ConfigError(f"{name} is {value}: the first process has {first[name]}; give all of them the same")
+            raise ConfigError(f"{name} is {value}: the first process has {first[name]}; give all processes the same")
     if fingerprint != first_fingerprint:
-        raise dataset.DataError(f"{config.data_dir}: holds other slices than the first process'; give all the same")
+        raise dataset.DataError(
+            f"data_dir is {config.data_dir}: holds other slices than the first process has; give all processes the same"
+        )
 
 
 def _is_coordinator(value: str | None) -> bool:
@@ -360,7 +364,10 @@ def check_slices(config: Config, slices: dict[str, dataset.Slices]) -> None:
     shared = {"validation": len(slices["validate"])} | ({"training": count} if count < config.batch_size else {})
     for split, held in shared.items():
         if held % sharing:
-            raise ConfigError(f"devices is {config.devices}: {sharing} cannot share {held} {split} slices evenly")
+            raise ConfigError(
+                f"devices is {config.devices}: {sharing} in all cannot share {held} {split} slices evenly; choose "
+                "another"
+            )
     if count < config.batch_size:
         print(
             f"warning: {count} training slices are fewer than batch_size {config.batch_size}: each step takes all of "
@@ -390,11 +397,11 @@ def main(config: Config) -> dict:
             print(f"{run_folder(config)} is complete; nothing to do. Another run_dir or seed makes another run.")
             return finish(config, run) if run else {}
 
-        print(devices.described(config.devices))
         print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, since data_dir is not set")
         slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
         for split, held in slices.items():
             print(f"  {split}: {len(held)} slices of {len(set(held.cases))} people")
+        print(devices.described(config.devices))
         check_slices(config, slices)
         fingerprint = dataset.fingerprint(slices)
         check_alike(config, fingerprint)

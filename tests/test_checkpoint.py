@@ -416,6 +416,24 @@ def test_a_loss_that_is_no_number_ends_training_and_keeps_the_best_model(tmp_pat
     assert len(history(tmp_path)) == 2
 
 
+def test_a_signal_that_was_swallowed_is_not_lost(tmp_path):
+    usual = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        checkpoint.stop_on_signals()
+        checkpoint.stop_if_asked()
+        with pytest.raises(checkpoint.Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(checkpoint.Stopped) as stopped:
+            checkpoint.write_text(tmp_path / "file", "text")
+        assert stopped.value.status == 143
+        assert not (tmp_path / "file").exists()
+        checkpoint.stop_on_signals()
+        checkpoint.stop_if_asked()
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), usual, strict=True):
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------- kills
 
 

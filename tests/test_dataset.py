@@ -568,6 +568,16 @@ def test_augmentation_is_a_function_of_seed_and_epoch():
         assert np.array_equal(from_the_start, begun_later)
 
 
+def test_the_parts_of_a_batch_that_processes_get_make_up_the_whole():
+    def batches(share):
+        of_training = dataset.image_batches(slices(13), 4, seed=1, augmented=True, share=share).take(3)
+        return [*of_training, *dataset.image_batches(slices(10), 4, share=share)]
+
+    for whole, *parts in zip(*(batches(share) for share in ((0, 1), (0, 2), (1, 2))), strict=True):
+        for tensor, halves in zip(whole, zip(*parts, strict=True), strict=True):
+            np.testing.assert_array_equal(tensor, np.concatenate(halves))
+
+
 def test_code_batches_pair_codes_with_positions_and_targets():
     codes = np.arange(24, dtype=np.int32).reshape(6, 2, 2)
     (inputs, positions), targets = next(iter(dataset.code_batches(codes, np.arange(6, dtype=np.int32), 4)))

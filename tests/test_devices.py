@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import devices
 import model
 import phantom
 from benchmarks import kill
@@ -48,12 +50,14 @@ codebook, grids = sys.argv[1], json.loads(sys.argv[2])
 print(json.dumps([train(count, codebook, grids) for count in (1, 2)]))
 """
 
-# The driver up to where training ends, which is what devices are for; returns what each epoch ends with.
+# The driver, or what of it trains; returns what each epoch ends with.
 DRIVE = """
 import json, shutil, sys
 import checkpoint, driver
 
-def drive(arguments, after_first_epoch=None):
+use = driver.use
+
+def drive(arguments, after_first_epoch=None, to_the_end=False):
     rows = []
 
     def keep(self, epoch, logs=None):
@@ -64,7 +68,7 @@ def drive(arguments, after_first_epoch=None):
 
     saved, checkpoint.Checkpoint.on_epoch_end = checkpoint.Checkpoint.on_epoch_end, keep
     try:
-        driver.use = lambda *made: {}
+        driver.use = use if to_the_end else lambda *made: {}
         driver.main(driver.parse(arguments))
     finally:
         checkpoint.Checkpoint.on_epoch_end = saved
@@ -85,7 +89,7 @@ except checkpoint.Stopped:
 
 ONE_DEVICE_AND_TWO = """
 one, two, stopped, *arguments = sys.argv[1:]
-rows = drive([*arguments, "--run-dir", one], lambda: shutil.copytree(one, stopped))
+rows = drive([*arguments, "--run-dir", one], lambda: shutil.copytree(one, stopped), to_the_end=True)
 print(json.dumps([rows, drive([*arguments, "--run-dir", two, "--devices", "2"])]))
 """
 
@@ -93,6 +97,11 @@ ONE_OF_TWO_PROCESSES = """
 print(json.dumps(drive(sys.argv[1:])))
 driver.devices.end(0)
 """
+
+
+# JAX compiles faster with less optimisation.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+ON_JAX = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
 
 
 def start(code: str, *arguments, **environment) -> subprocess.Popen:
@@ -127,6 +136,26 @@ def test_two_devices_train_as_one_does_restarts_and_all(codebook, grids):
             assert two[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
+def test_one_process_is_the_first_and_agrees_with_itself():
+    assert devices.processes() == (0, 1)
+    assert devices.is_first()
+    assert devices.from_first({"seed": 1}) == {"seed": 1}
+    assert devices.described(1) == "TensorFlow, 1 CPU"
+    with devices.joined(None):
+        devices.leave()
+
+
+def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(devices, "WAIT", 0)
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        devices._reach(address)
+    with pytest.raises(devices.ProcessError) as error:
+        devices._reach(address)
+    assert str(error.value).startswith(f"coordinator is {address}: nobody answers there (")
+    assert str(error.value).endswith("); start the first process on that machine, with process_index 0")
+
+
 @pytest.fixture(scope="module")
 def constants(tmp_path_factory) -> list:
     folder = tmp_path_factory.mktemp("slices")
@@ -141,20 +170,21 @@ def test_a_run_on_two_devices_that_was_stopped_ends_with_the_same_bytes(tmp_path
     assert (stopped / "prior.keras").exists()
 
 
-def test_two_devices_and_two_processes_train_as_one_does_on_jax_and_go_on(tmp_path, constants):
+def test_on_jax_two_devices_and_two_processes_train_as_one_does_and_go_on(tmp_path, constants):
     pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
-    on_jax = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    two_cpus = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     folders = [tmp_path / name for name in ("one", "two", "stopped")]
-    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *constants, **on_jax, **two_cpus)))
+    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *constants, **ON_JAX)))
     assert len(one) == 3
+    assert np.isfinite(json.loads((folders[0] / "metrics.json").read_text())["ssim"])
+    assert json.loads((folders[0] / "config.json").read_text())["versions"]["backend"] == "jax"
+    assert (folders[0] / "report.html").exists()
     assert two == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in one]
 
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     together = ["--run-dir", folders[-1], "--coordinator", f"localhost:{port}", "--num-processes", 2]
     processes = [
-        start(DRIVE + ONE_OF_TWO_PROCESSES, *constants, *together, "--process-index", i, **on_jax) for i in range(2)
+        start(DRIVE + ONE_OF_TWO_PROCESSES, *constants, *together, "--process-index", i, **ON_JAX) for i in range(2)
     ]
     first, second = (json.loads(printed(process)) for process in processes)
     assert first == second

@@ -79,8 +79,9 @@ def test_a_run_leaves_every_file(finished):
 def test_the_configuration_is_saved_with_versions(finished):
     saved = json.loads((finished.run_dir / "config.json").read_text())
     assert saved["constants"]["num_embeddings"] == 16
-    assert set(saved["constants"]) == {field.name for field in dataclasses.fields(finished)} - {"run_dir"}
+    assert set(saved["constants"]) == {f.name for f in dataclasses.fields(finished)} - set(driver.PLACE_CONSTANTS)
     assert saved["versions"]["keras"] == keras.__version__
+    assert saved["versions"]["devices"] == "1"
 
 
 def test_history_has_a_row_an_epoch(finished):
@@ -208,6 +209,14 @@ def test_a_folder_with_other_things_is_not_written_to(finished, tmp_path):
         ({"top_p": 0.0}, "top_p is 0.0: must be above 0 and at most 1"),
         ({"seed": -1}, "seed is -1: must be 0 or more"),
         ({"devices": 0}, "devices is 0: must be at least 1"),
+        ({"coordinator": "node"}, 'coordinator is node: must be HOST:PORT of the first process, "cluster" or None'),
+        (
+            {"coordinator": "node:99999"},
+            'coordinator is node:99999: must be HOST:PORT of the first process, "cluster" or None',
+        ),
+        ({"coordinator": "cluster"}, "coordinator is cluster: several processes need JAX; set KERAS_BACKEND=jax"),
+        ({"num_processes": 2}, "num_processes is 2: needs coordinator, the first one's HOST:PORT"),
+        ({"process_index": 1}, "process_index is 1: must be below num_processes, 1"),
         ({"seed": 2**32}, "seed is 4294967296: must be below 4294967296"),
         ({"image_size": 8192}, "image_size is 8192: must be at most 4096"),
         ({"batch_size": 2.5}, "batch_size is 2.5: must be a whole number"),
@@ -239,26 +248,44 @@ def test_constants_that_cannot_work_are_refused_at_once(tmp_path, constants, mes
     assert not (tmp_path / "run").exists()
 
 
+def held(count: int, positions: int = 1) -> dataset.Slices:
+    images = np.zeros((count, 32, 32, 1), np.uint8)
+    return dataset.Slices(images, np.arange(count, dtype=np.int32) % positions, np.array(["a"] * count))
+
+
 def test_devices_that_cannot_share_are_refused(monkeypatch):
-    monkeypatch.setattr(driver, "device_names", lambda: ["GPU:0", "GPU:1"])
+    monkeypatch.setattr(driver.devices, "names", lambda: ["GPU:0", "GPU:1"])
 
-    def held(count: int) -> dataset.Slices:
-        return dataset.Slices(np.zeros((count, 32, 32, 1)), np.zeros(count, np.int32), np.array(["a"] * count))
-
-    def check(config: driver.Config, train: int, validate: int) -> None:
-        driver.check(config)
-        driver.check_slices(config, {"train": held(train), "validate": held(validate)})
+    def check(config: driver.Config, slices: dict) -> None:
+        driver.check_devices(config)
+        driver.check_slices(config, slices)
 
     def refused(config: driver.Config, train: int = 8, validate: int = 8) -> str:
         with pytest.raises(driver.ConfigError) as error:
-            check(config, train, validate)
+            check(config, {"train": held(train), "validate": held(validate)})
         return str(error.value)
 
     two = driver.Config(devices=2)
-    assert refused(driver.Config(devices=3)) == "devices is 3: this machine has 2; choose no more"
-    assert refused(driver.Config(devices=2, batch_size=5)) == "batch_size is 5: must be a multiple of devices, 2"
-    assert refused(two, train=5) == "devices is 2: 5 training slices cannot be shared evenly; choose 1"
-    assert refused(two, validate=9) == "devices is 2: must divide the 9 validation slices; choose another"
+    assert refused(driver.Config(devices=3)) == "devices is 3: this process has 2; choose no more"
+    assert refused(driver.Config(devices=2, batch_size=5)) == (
+        "batch_size is 5: must be a multiple of the 2 devices that share it"
+    )
+    assert refused(two, train=5) == "devices is 2: 2 in all cannot share 5 training slices evenly; choose another"
+    assert refused(two, validate=9) == "devices is 2: 2 in all cannot share 9 validation slices evenly; choose another"
+
+
+def test_a_process_that_is_unlike_the_first_is_refused(monkeypatch):
+    def refused(first: driver.Config, fingerprint: str) -> str:
+        of_first = driver.json_constants(first) | {"data_dir": None, "devices": first.devices}
+        monkeypatch.setattr(driver.devices, "from_first", lambda value: (of_first, fingerprint))
+        with pytest.raises((driver.ConfigError, dataset.DataError)) as error:
+            driver.check_alike(driver.Config(data_dir="here"), "same")
+        return str(error.value)
+
+    assert refused(driver.Config(seed=1), "same") == "seed is 0: the first process has 1; give all processes the same"
+    assert refused(driver.Config(data_dir="there"), "other") == (
+        "data_dir is here: holds other slices than the first process has; give all processes the same"
+    )
 
 
 def test_paths_may_be_text_and_grids_a_list():

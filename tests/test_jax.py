@@ -1,9 +1,5 @@
-"""On JAX: what TensorFlow has saved gives the same numbers, and the driver runs from end to end."""
+"""What TensorFlow has saved gives the same numbers on JAX; test_devices.py runs the driver there."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -12,20 +8,11 @@ import pytest
 
 import checkpoint
 import model
-import phantom
 import sampling
-from benchmarks import kill
+from tests import test_devices
 
 pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
-ROOT = Path(model.__file__).parent
 POSITIONS = np.arange(3, dtype=np.int32)
-
-
-def on_jax(arguments: list) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
 
 
 def answers(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -66,21 +53,8 @@ def test_what_tensorflow_has_saved_gives_the_same_numbers_on_jax(tmp_path):
         "import sys, numpy as np; from pathlib import Path; from tests import test_jax; folder = Path(sys.argv[1]);"
         "np.savez(folder / 'jax.npz', **test_jax.answers(folder, np.load(folder / 'images.npy')))"
     )
-    ended = on_jax(["-c", code, tmp_path])
-    assert ended.returncode == 0, ended.stderr
+    test_devices.printed(test_devices.start(code, tmp_path, **test_devices.ON_JAX))
     on_tensorflow = answers(tmp_path, images)
     with np.load(tmp_path / "jax.npz") as there:
         for name, expected in on_tensorflow.items():
             np.testing.assert_allclose(there[name], expected, atol=1e-4, err_msg=name)
-
-
-def test_the_driver_runs_from_end_to_end_on_jax(tmp_path):
-    phantom.write_pngs(tmp_path / "slices", num_cases=6, num_positions=4, image_size=32)
-    arguments = [kill.DRIVER, "--data-dir", tmp_path / "slices", "--run-dir", tmp_path / "run", *kill.CONSTANTS]
-    arguments += ["--vqvae-epochs", "1", "--prior-epochs", "1"]
-    ended = on_jax(arguments)
-    assert ended.returncode == 0, ended.stderr
-    numbers = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert np.isfinite(numbers["ssim"])
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["versions"]["backend"] == "jax"
-    assert (tmp_path / "run" / "report.html").exists()
