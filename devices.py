@@ -32,6 +32,10 @@ def on_jax() -> bool:
     return keras.backend.backend() == "jax"
 
 
+if on_jax():
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds and measures there; the memory is JAX's
+
+
 def names() -> list[str]:
     """The GPUs or TPUs of this process, or its CPUs where there are none, as in "gpu:0"."""
     if on_jax():

@@ -43,7 +43,7 @@ import plots
 import report
 import sampling
 
-PROJECT_VERSION = "0.3.0"
+PROJECT_VERSION = "0.4.0"
 
 
 @dataclass(frozen=True)
