@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -87,14 +88,15 @@ def joined(coordinator: str | None, num_processes: int = 1, process_index: int =
         return
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # would keep SIGTERM to itself
     known = (None, None, None) if coordinator == CLUSTER else (coordinator, num_processes, process_index)
     if coordinator != CLUSTER:
         print(f"process {process_index} of {num_processes}: waiting for the others, {WAIT // 60} minutes at most")
         if process_index:
             _reach(coordinator)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         keras.distribution.initialize(*known)
+        signal.signal(signal.SIGTERM, on_sigterm)  # which JAX has taken for itself
     except (ValueError, RuntimeError) as error:
         what = "the environment tells of none" if coordinator == CLUSTER else "the processes did not come together"
         raise ProcessError(
