@@ -26,6 +26,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/slices.py
 	$(BIN)/python benchmarks/kill.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/blocks.py
 	$(BIN)/python benchmarks/rate.py
 

@@ -23,6 +23,8 @@ import tensorflow as tf
 CLUSTER = "cluster"  # a coordinator that the environment knows
 WAIT = 300  # seconds that the processes of a run wait for each other at its start
 
+_together = False  # whether other processes may wait for this one
+
 
 class ProcessError(Exception):
     """The processes of a run cannot work together. The message is one line that says what to do."""
@@ -88,9 +90,13 @@ def joined(coordinator: str | None, num_processes: int = 1, process_index: int =
         return
     import jax
 
+    global _together
     known = (None, None, None) if coordinator == CLUSTER else (coordinator, num_processes, process_index)
     if coordinator != CLUSTER:
-        print(f"process {process_index} of {num_processes}: waiting for the others, {WAIT // 60} minutes at most")
+        print(
+            f"process {process_index} of {num_processes}: waiting for the others, {WAIT // 60} minutes at most",
+            flush=True,
+        )
         if process_index:
             _reach(coordinator)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -103,12 +109,15 @@ def joined(coordinator: str | None, num_processes: int = 1, process_index: int =
             f"coordinator is {coordinator}: {what} ({_first_line(error)}); start every process by srun, or give all of "
             "them the first one's HOST:PORT, and each its process_index"
         ) from error
+    _together = True
     try:
         with contextlib.nullcontext() if is_first() else _silence():
             yield
     except BaseException as error:
+        if not _together:
+            raise
         atexit.register(os._exit, 1)  # the usual end would wait for the others, who may wait for this one
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        if isinstance(error, jax.errors.JaxRuntimeError) or isinstance(error, ValueError) and "Gloo" in str(error):
             raise ProcessError(
                 f"another process of this run seems to have ended ({_first_line(error)}); see what it said. The same "
                 "commands go on after the last finished epoch"
@@ -145,7 +154,7 @@ def _silence() -> Iterator[None]:
 
 def end(status: int) -> None:
     """End the process; one of several that has failed does so at once, see `joined`."""
-    if status and processes()[1] > 1:
+    if status and _together:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -154,10 +163,12 @@ def end(status: int) -> None:
 
 def leave() -> None:
     """Part from the other processes; to be called in all of them. The first one can go on computing by itself."""
-    if processes()[1] > 1:
+    global _together
+    if _together:
         import jax
 
         jax.distributed.shutdown()
+        _together = False
 
 
 def processes() -> tuple[int, int]:
@@ -175,7 +186,7 @@ def is_first() -> bool:
 
 
 def from_first(value):
-    """What the first process has for a value, in every process; to be called in all of them."""
+    """What the first process has for a value (pickled), in every process; to be called in all of them."""
     if processes()[1] == 1:
         return value
     from jax.experimental import multihost_utils

@@ -79,9 +79,7 @@ class Config:
     batch_size: int = 16  # slices in a training step, all stages
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed is for GPUs and TPUs
     devices: int = 1  # GPUs of each process that a training step's batch is shared between; CPUs where there are none
-    coordinator: str | None = (
-        None  # of several processes, on JAX: the first one's HOST:PORT; "cluster" asks SLURM and the like
-    )
+    coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first, or "cluster": ask SLURM
     num_processes: int = 1  # that share a training step's batch, where coordinator is HOST:PORT
     process_index: int = 0  # of this process, from 0; only the first writes files
     vqvae_epochs: int = 50  # at most

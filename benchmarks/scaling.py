@@ -6,7 +6,8 @@
 First images a second of training on one device and on two, and the share of a step that the devices spend exchanging
 gradients: the time of one such exchange by itself, over the step's. Where there are no two GPUs, two logical devices
 share the CPU, which shows that it works and nothing more. Then one constant at a time is changed: seconds for 1,000
-images of training, milliseconds for drawing a grid of codes, and the peak memory of the process.
+images of training, milliseconds for drawing a grid of codes, and the peak memory of the process. Last, what measuring
+new brains takes with more slices to compare.
 
 Each row is measured in a process of its own, on random images and codes, by the driver's own pipelines and `fit`.
 Prints tables, then its numbers as JSON.
@@ -32,6 +33,7 @@ import tyro
 import dataset
 import devices
 import driver
+import metrics
 import sampling
 
 DRAWN = 20  # grids of codes at once
@@ -46,6 +48,7 @@ VARIANTS = {  # of the default constants, but for "images", how many are held
     "2,048 codes": {"num_embeddings": 2048},
     "8,192 codes": {"num_embeddings": 8192},
 }
+COMPARED = ((360, 2880), (360, 11_520), (1440, 2880))  # test and training slices, 24 of a person
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,11 @@ class Options:
 
 def main(options: Options) -> dict:
     if options.measure:
-        row = measure(json.loads(options.measure), options.steps)
+        changed = json.loads(options.measure)
+        row = compare(**changed) if "test" in changed else measure(changed, options.steps)
         print(json.dumps(row))
         return row
-    result = {"backend": keras.backend.backend(), "devices": {}, "growth": {}}
+    result = {"backend": keras.backend.backend(), "devices": {}, "growth": {}, "measuring": {}}
     print(f"{'devices':>8s}  {'VQ-VAE images/s':>16s} {'exchange':>9s}  {'prior images/s':>15s} {'exchange':>9s}")
     for count in (1, 2):
         row = result["devices"][str(count)] = measured({"devices": count}, options.steps)
@@ -77,6 +81,10 @@ def main(options: Options) -> dict:
             f"{name:38s} {times[0]:7.1f} s {times[1]:7.1f} s {row['ms_per_grid']:6.0f} ms {row['peak_mb']:6.0f} MB",
             flush=True,
         )
+    print(f"\n{'test slices':>12s} {'training slices':>16s} {'measuring':>10s} {'memory':>9s}")
+    for test, train in COMPARED:
+        row = result["measuring"][f"{test}, {train}"] = measured({"test": test, "train": train}, options.steps)
+        print(f"{test:12d} {train:16d} {row['seconds']:8.0f} s {row['peak_mb']:6.0f} MB", flush=True)
     print(json.dumps(result))
     return result
 
@@ -130,8 +138,29 @@ def measure(changed: dict, steps: int) -> dict:
         begun = time.perf_counter()
         keras.ops.convert_to_numpy(draw(uniforms, *told))
     row["ms_per_grid"] = 1000 * (time.perf_counter() - begun) / DRAWN
-    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return row
+    return row | {"peak_mb": peak_mb()}
+
+
+def compare(test: int, train: int) -> dict:
+    """Seconds of `metrics.sample_metrics`, and peak memory."""
+    random = np.random.default_rng(0)
+    splits = [
+        dataset.Slices(
+            random.integers(0, 256, (count, 96, 96, 1), np.uint8),
+            np.arange(count, dtype=np.int32) % 24,
+            np.array([f"{name} {i // 24}" for i in range(count)]),
+        )
+        for name, count in (("test", test), ("train", train))
+    ]
+    drawn, decoded = (random.random((test, 96, 96, 1), np.float32) for _ in range(2))
+    begun = time.perf_counter()
+    metrics.sample_metrics(drawn, decoded, *splits, seed=0)
+    return {"seconds": time.perf_counter() - begun, "peak_mb": peak_mb()}
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Clock(keras.callbacks.Callback):
