@@ -13,6 +13,12 @@ import signal
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty where there is no GPU
 if __name__ == "__main__":  # Ctrl-C while the imports below take their seconds; from then on see checkpoint.Stopped
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    usual = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what TensorFlow 2.21 says at import, no setting silences
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(usual, 2)
 
 import argparse
 import contextlib
