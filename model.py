@@ -76,8 +76,8 @@ def ssim(x, y):
 # --------------------------------------------------------------------------------------------- replicas
 #
 # Under tf.distribute every device runs a replica of the model on its share of the batch, in a Python thread of its own.
-# Keras adds the gradients up; what a batch does to a codebook has to be added up here. On JAX a batch is one array,
-# whatever it is spread over.
+# Keras adds the gradients up; what a batch does to a codebook has to be added up here. The shares are equal, which the
+# driver sees to. On JAX a batch is one array, whatever it is spread over.
 
 
 def replica() -> tuple[int, int]:
@@ -98,11 +98,6 @@ def sum_over_replicas(tensor):
     import tensorflow as tf
 
     return ops.stop_gradient(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor))
-
-
-def _or_zero(mean, batch):
-    """The mean over a batch, 0 where a replica has got nothing of the last batch of an epoch."""
-    return mean if replica()[1] == 1 else ops.where(ops.shape(batch)[0] > 0, mean, 0.0)
 
 
 # --------------------------------------------------------------------------------------------- codebook
@@ -215,9 +210,8 @@ class VectorQuantizer(layers.Layer):
         indices = self.nearest(inputs)  # (B, h, w)
         quantized = self.lookup(indices)  # (B, h, w, D)
 
-        codebook = _or_zero(ops.mean(ops.square(ops.stop_gradient(inputs) - quantized)), inputs)
-        commitment = _or_zero(ops.mean(ops.square(inputs - ops.stop_gradient(quantized))), inputs)
-        commitment = self.commitment_weight * commitment
+        codebook = ops.mean(ops.square(ops.stop_gradient(inputs) - quantized))
+        commitment = self.commitment_weight * ops.mean(ops.square(inputs - ops.stop_gradient(quantized)))
         self.add_loss(commitment)
         if self.codebook == "gradient":
             self.add_loss(codebook)
@@ -506,7 +500,6 @@ class VQVAE(keras.Model):
             + self.l1_weight * ops.mean(ops.abs(error))
             + self.ssim_weight * (1 - ops.mean(ssim_map(x, y_pred)))
         )
-        reconstruction = _or_zero(reconstruction, x)
         self.reconstruction_loss.update_state(reconstruction, sample_weight=ops.shape(x)[0])
         self.ssim_metric.update_state(ssim(x, ops.clip(y_pred, 0, 1)))
         quantization = sum(quantizer.loss_and_metrics() for quantizer in self.quantizers)
@@ -896,7 +889,7 @@ class PixelCNN(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean cross-entropy in nats a code of `y` (B, h, w) under the logits `y_pred`."""
-        nats = _or_zero(ops.mean(keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)), y)
+        nats = ops.mean(keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True))
         self.bits.update_state(nats / math.log(2), sample_weight=ops.shape(y)[0])
         return nats / replica()[1]
 

@@ -28,18 +28,8 @@ import phantom
 
 DRIVER = Path(__file__).parent.parent / "driver.py"
 CONSTANTS = ["--image-size", "32", "--grids", "4", "--channels", "8", "--num-embeddings", "16", "--embedding-dim", "4"]
-CONSTANTS += [
-    "--batch-size",
-    "8",
-    "--prior-filters",
-    "8",
-    "--prior-blocks",
-    "1",
-    "--num-samples",
-    "3",
-    "--residual-blocks",
-    "0",
-]
+CONSTANTS += ["--residual-blocks", "0", "--batch-size", "8", "--prior-filters", "8", "--prior-blocks", "1"]
+CONSTANTS += ["--num-samples", "3"]
 
 
 @dataclass(frozen=True)
