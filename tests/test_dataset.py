@@ -12,23 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import console
 import dataset
+import naming
 import phantom
 
 
-def put(path: Path, value: int = 100, size=(8, 8), mode: str = "L") -> Path:
+def save_blank(path: Path, value: int = 100) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value).save(path)
+    Image.new("L", (8, 8), value).save(path)
     return path
 
 
-def put_case(folder: Path, case: int, slices: int = 2) -> None:
-    for position in range(slices):
-        put(folder / f"case_{case:03d}_slice_{position}.nii.png", case)
+def save_subject(folder: Path, subject: int) -> None:
+    for position in range(2):
+        save_blank(folder / f"case_{subject:03d}_slice_{position}.nii.png", subject)
 
 
 def make_layout(root: Path, layout: str) -> Path:
-    """Ten cases in one of the layouts; returns the data_dir."""
+    """Ten subjects in one of the layouts; returns the data_dir."""
     split_names = {
         "course": [f"keras_png_slices_{s}" for s in ("train", "validate", "test")],
         "course, from above": [f"keras_png_slices_data/keras_png_slices_{s}" for s in ("train", "validate", "test")],
@@ -38,8 +40,8 @@ def make_layout(root: Path, layout: str) -> Path:
         "flat": [""] * 3,
         "flat, one level below": ["files"] * 3,
     }[layout]
-    for case in range(10):
-        put_case(root / split_names[0 if case < 6 else 1 if case < 8 else 2], case)
+    for subject in range(10):
+        save_subject(root / split_names[0 if subject < 6 else 1 if subject < 8 else 2], subject)
     return root / split_names[0] if layout == "course, from within" else root
 
 
@@ -55,36 +57,39 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_found_and_no_person_is_in_two_splits(tmp_path, layout):
+def test_every_layout_is_found_and_no_subject_is_in_two_splits(tmp_path, layout):
     splits = dataset.find(make_layout(tmp_path, layout))
-    cases = {split: {file.case for file in files} for split, files in splits.items()}
+    subjects = {split: {file.subject for file in files} for split, files in splits.items()}
     assert list(splits) == ["train", "validate", "test"]
     assert sum(len(files) for files in splits.values()) == 20
-    assert not cases["train"] & cases["validate"]
-    assert not cases["train"] & cases["test"]
-    assert not cases["validate"] & cases["test"]
-    assert [len(c) for c in cases.values()] == ([8, 1, 1] if "flat" in layout else [6, 2, 2])
+    assert not subjects["train"] & subjects["validate"]
+    assert not subjects["train"] & subjects["test"]
+    assert not subjects["validate"] & subjects["test"]
+    assert [len(names) for names in subjects.values()] == ([8, 1, 1] if "flat" in layout else [6, 2, 2])
     assert {file.position for file in splits["train"]} == {0, 1}
 
 
-def test_masks_are_never_taken_for_slices(tmp_path):
+def test_masks_are_ignored(tmp_path):
     data_dir = make_layout(tmp_path, "course")
     for split in ("train", "validate", "test"):
-        put(data_dir / f"keras_png_slices_seg_{split}" / "seg_001_slice_0.nii.png")
-        put(data_dir / f"keras_png_slices_{split}" / "seg_001_slice_0.nii.png")
-        put(data_dir / f"keras_png_slices_{split}" / "masks" / "case_001_slice_0.nii.png")
+        save_blank(data_dir / f"keras_png_slices_seg_{split}" / "seg_001_slice_0.nii.png")
+        save_blank(data_dir / f"keras_png_slices_{split}" / "seg_001_slice_0.nii.png")
+        save_blank(data_dir / f"keras_png_slices_{split}" / "masks" / "case_001_slice_0.nii.png")
     assert sum(len(files) for files in dataset.find(data_dir).values()) == 20
 
 
-def test_a_flat_folder_is_split_by_the_seed_alone(tmp_path):
+def test_the_split_of_a_flat_folder_depends_on_the_seed_only(tmp_path):
     data_dir = make_layout(tmp_path, "flat")
     assert dataset.find(data_dir, seed=1) == dataset.find(data_dir, seed=1)
     assert any(dataset.find(data_dir, seed=1) != dataset.find(data_dir, seed=seed) for seed in (2, 3, 4))
 
 
-def test_other_names_of_people_are_read():
-    file = dataset._slice_file(Path("x/OAS1_0001_MR1_slice_12.png"), Path("x"))
-    assert (file.case, file.position) == ("OAS1_0001_MR1", 12)
+def test_subject_and_position_are_read_from_the_name(tmp_path):
+    for i in range(3):
+        save_blank(tmp_path / f"OAS1_{i:04d}_MR1_slice_12.png")
+    files = [file for split_files in dataset.find(tmp_path).values() for file in split_files]
+    assert {file.subject for file in files} == {f"OAS1_{i:04d}_MR1" for i in range(3)}
+    assert {file.position for file in files} == {12}
 
 
 KINDS = {
@@ -98,7 +103,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_png_becomes_grey(tmp_path, kind):
+def test_every_kind_of_png_is_converted_to_grey(tmp_path, kind):
     KINDS[kind]().save(tmp_path / "slice.png")
     image = dataset.read_png(tmp_path / "slice.png", 8)
     assert image.dtype == np.uint8
@@ -111,9 +116,9 @@ def test_transparent_pixels_are_black(tmp_path):
     assert not dataset.read_png(tmp_path / "slice.png", 8).any()
 
 
-def test_slices_are_padded_not_stretched(tmp_path):
+def test_slices_are_padded_not_distorted(tmp_path):
     image = np.zeros((40, 20), np.uint8)
-    image[10:30, 5:15] = 200  # twice as high as wide
+    image[10:30, 5:15] = 200  # twice as high as it is wide
     Image.fromarray(image).save(tmp_path / "slice.png")
     read = dataset.read_png(tmp_path / "slice.png", 40)
     assert np.array_equal(read[:, 10:30], image)
@@ -138,73 +143,68 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0, interlaced: int = 0) -> bytes:
-    """A PNG file made by hand: `rows` are its bytes of pixels, each row after a 0."""
+    """The content of a PNG file. `rows` are its pixels, each row after a 0 byte."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
     return dataset.PNG_SIGNATURE + b"".join(parts)
 
 
 def brain(value: int = 0) -> Image.Image:
-    """A small picture that is not of one grey level and differs from any other value's."""
+    """A small image of several grey levels, which depend on `value`."""
     grey = np.zeros((8, 8), np.uint8)
     grey[2:6, 2:6] = np.arange(16).reshape(4, 4) + value
     return Image.fromarray(grey)
 
 
 @pytest.fixture
-def people(tmp_path) -> Path:
-    """A folder in the course's layout, six people of two good slices; returns it."""
-    for case in range(6):
-        folder = tmp_path / f"keras_png_slices_{('train', 'train', 'train', 'train', 'validate', 'test')[case]}"
+def data_dir(tmp_path) -> Path:
+    """A folder in the course's layout: six subjects with two good slices each."""
+    for subject, split in enumerate(("train", "train", "train", "train", "validate", "test")):
+        folder = tmp_path / f"keras_png_slices_{split}"
         folder.mkdir(exist_ok=True)
         for position in range(2):
-            brain(20 * case + position).save(folder / f"case_{case:03d}_slice_{position}.nii.png")
+            brain(20 * subject + position).save(folder / f"case_{subject:03d}_slice_{position}.nii.png")
     return tmp_path
 
 
-def load(data_dir: Path, capsys, **options) -> str:
-    """What loading prints as warnings and, at last, as the line that refuses."""
+def load(folder: Path, capsys, **options) -> str:
+    """Load slices; returns the warnings, followed by the error message if loading is refused."""
     capsys.readouterr()
+    refused = ""
     try:
-        loaded = dataset.load(data_dir, 8, seed=0, **options)
-        assert all(held.images.dtype == np.uint8 and held.images.shape[1:] == (8, 8, 1) for held in loaded.values())
-        refused = ""
+        for slices in dataset.load(folder, 8, seed=0, **options).values():
+            assert slices.images.dtype == np.uint8
+            assert slices.images.shape[1:] == (8, 8, 1)
     except dataset.DataError as error:
-        refused = dataset.one_line(error)
+        refused = console.one_line(error)
     return capsys.readouterr().err + refused
 
 
-REPLACE = "; replace or remove it, or leave such files out: --skip-broken-slices"
+def assert_refused(folder: Path, capsys, name: object, *contents: str) -> None:
+    """Check that loading ends in one line that begins with the name of a file or folder and has these contents."""
+    message = load(folder, capsys)
+    assert message.startswith(f"{name}: ")
+    assert "\n" not in message
+    for content in contents:
+        assert content in message
+
+
+SKIP_BROKEN = "--skip-broken-slices"
 BROKEN_FILES = {
     "zero bytes": (b"", "is empty"),
-    "a JPEG": ("JPEG", "is not a PNG image, whatever its name says"),
-    "a JPEG in CMYK": ("CMYK", "is not a PNG image, whatever its name says"),
-    "a GIF": ("GIF", "is not a PNG image, whatever its name says"),
-    "text": (b"case_001", "is not a PNG image, whatever its name says"),
-    "the signature alone": (dataset.PNG_SIGNATURE, "is a broken PNG (it has no header)"),
-    "no header": (dataset.PNG_SIGNATURE + b"x" * 40, "is a broken PNG (it has no header)"),
-    "truncated in the pixels": (
-        png(8, 8, bytes(range(72)))[:-40],
-        "is a broken PNG (unrecognized data stream contents when reading image file)",
-    ),
-    "too few pixels": (
-        png(8, 8, bytes(30)),
-        "is a broken PNG (image file is truncated (0 bytes not processed))",
-    ),
-    "enormous": (
-        png(50_000, 50_000, b""),
-        "is 50000 × 50000 pixels, too large for a slice (at most 4096 a side)",
-    ),
-    "no pixels wide": (png(0, 8, b""), "is a broken PNG (its header makes no sense)"),
-    "two headers": (
-        png(8, 8, bytes(72))[:33] + png(9, 9, bytes(90))[8:],
-        "is a broken PNG (its size changes within the file)",
-    ),
-    "CMYK, which PNG has not": (
-        png(8, 8, bytes(8 * 33), colour=5),
-        "is a broken PNG (its header makes no sense)",
-    ),
-    "9 bits a pixel": (png(8, 8, bytes(100), depth=9), "is a broken PNG (its header makes no sense)"),
+    "a JPEG": ("JPEG", "not a PNG"),
+    "a JPEG in CMYK": ("CMYK", "not a PNG"),
+    "a GIF": ("GIF", "not a PNG"),
+    "text": (b"case_001", "not a PNG"),
+    "only the signature": (dataset.PNG_SIGNATURE, "no header"),
+    "no header": (dataset.PNG_SIGNATURE + b"x" * 40, "no header"),
+    "truncated pixels": (png(8, 8, bytes(range(72)))[:-40], "broken PNG"),
+    "too few pixels": (png(8, 8, bytes(30)), "truncated"),
+    "enormous": (png(50_000, 50_000, b""), "50000 × 50000"),
+    "no pixels wide": (png(0, 8, b""), "header is invalid"),
+    "two headers": (png(8, 8, bytes(72))[:33] + png(9, 9, bytes(90))[8:], "size changes"),
+    "CMYK, which PNG does not have": (png(8, 8, bytes(8 * 33), colour=5), "header is invalid"),
+    "9 bits per pixel": (png(8, 8, bytes(100), depth=9), "header is invalid"),
 }
 
 
@@ -216,49 +216,55 @@ def write_broken(path: Path, content: bytes | str) -> None:
 
 
 @pytest.mark.parametrize("kind", BROKEN_FILES)
-def test_a_file_that_cannot_be_read_is_refused_by_name(people, capsys, kind):
-    content, message = BROKEN_FILES[kind]
-    bad = people / "keras_png_slices_validate" / "case_004_slice_1.nii.png"
+def test_a_broken_file_is_refused_or_left_out_by_name(data_dir, capsys, kind):
+    content, problem = BROKEN_FILES[kind]
+    bad = data_dir / "keras_png_slices_validate" / "case_004_slice_1.nii.png"
     write_broken(bad, content)
-    assert load(people, capsys) == f"{bad}: {message}{REPLACE}"
-    assert load(people, capsys, skip_broken=True) == f"warning: left out: {bad}: {message}\n"
+    assert_refused(data_dir, capsys, bad, problem, SKIP_BROKEN)
+    warnings = load(data_dir, capsys, skip_broken=True)
+    assert warnings.startswith("warning: ")
+    assert warnings.count("\n") == 1
+    assert f"{bad}: " in warnings
+    assert problem in warnings
 
 
-def test_what_is_no_file_is_refused_by_name(people, capsys):
-    bad = people / "keras_png_slices_train" / "case_000_slice_2.png"
+def test_links_and_pipes_are_refused_by_name(data_dir, capsys):
+    bad = data_dir / "keras_png_slices_train" / "case_000_slice_2.png"
     bad.symlink_to(bad)
-    assert load(people, capsys) == f"{bad}: Too many levels of symbolic links{REPLACE}"
+    assert_refused(data_dir, capsys, bad, "Too many levels of symbolic links", SKIP_BROKEN)
     bad.unlink()
-    bad.symlink_to(people / "gone.png")
-    assert load(people, capsys) == f"{bad}: No such file or directory{REPLACE}"
+    bad.symlink_to(data_dir / "gone.png")
+    assert_refused(data_dir, capsys, bad, "No such file", SKIP_BROKEN)
     bad.unlink()
-    os.mkfifo(bad)  # would never end if it were read
-    assert load(people, capsys) == f"{bad}: is not a file{REPLACE}"
+    os.mkfifo(bad)  # Reading it would never end.
+    assert_refused(data_dir, capsys, bad, "not a regular file", SKIP_BROKEN)
 
 
-def test_a_file_that_may_not_be_read(people, capsys, monkeypatch):
+def test_a_file_without_read_permission(data_dir, capsys, monkeypatch):
     def refuse(path, mode):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(dataset, "open", refuse, raising=False)
-    bad = people / "keras_png_slices_train" / "case_000_slice_0.nii.png"
-    assert load(people, capsys) == f"{bad}: Permission denied{REPLACE}"
+    bad = data_dir / "keras_png_slices_train" / "case_000_slice_0.nii.png"
+    assert_refused(data_dir, capsys, bad, "Permission denied", SKIP_BROKEN)
 
 
-def test_a_folder_that_may_not_be_read(people, capsys, monkeypatch):
+def test_a_folder_without_read_permission(data_dir, capsys, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert load(people, capsys) == f"{people}: cannot be read (Permission denied); check its permissions"
+    assert_refused(data_dir, capsys, data_dir, "Permission denied", "check its permissions")
 
 
-def test_a_split_of_which_nothing_can_be_read(people, capsys):
-    for path in (people / "keras_png_slices_test").iterdir():
+def test_a_split_without_readable_slices(data_dir, capsys):
+    for path in (data_dir / "keras_png_slices_test").iterdir():
         path.write_bytes(b"")
-    printed = load(people, capsys, skip_broken=True).splitlines()
-    assert len(printed) == 3
-    assert printed[-1] == f"{people}: no slice of the test split can be read; replace the broken files"
+    with pytest.raises(dataset.DataError) as error:
+        dataset.load(data_dir, 8, seed=0, skip_broken=True)
+    assert str(error.value).startswith(f"{data_dir}: ")
+    assert "test split" in str(error.value)
+    assert capsys.readouterr().err.count("left out") == 2
 
 
 GOOD_FILES = {
@@ -273,185 +279,165 @@ GOOD_FILES = {
 
 
 @pytest.mark.parametrize("kind", GOOD_FILES)
-def test_unusual_pngs_are_read_without_a_word(people, capsys, kind):
-    (people / "keras_png_slices_train" / "case_000_slice_2.png").write_bytes(GOOD_FILES[kind])
-    assert load(people, capsys) == ""
+def test_unusual_pngs_are_read_without_a_warning(data_dir, capsys, kind):
+    (data_dir / "keras_png_slices_train" / "case_000_slice_2.png").write_bytes(GOOD_FILES[kind])
+    assert load(data_dir, capsys) == ""
 
 
 ODD_FILES = {
-    "animated": (
-        lambda path: brain(200).save(path, save_all=True, append_images=[brain(201)]),
-        "animated: only the first picture of each is used",
-    ),
+    "animated": (lambda path: brain(200).save(path, save_all=True, append_images=[brain(201)]), "first frame"),
     "colour": (
         lambda path: Image.merge("RGB", [brain(200), brain(210), brain(220)]).save(path),
-        "in colour: converted to grey",
+        "in colour: they are converted to grey",
     ),
-    "black": (lambda path: put(path, 0), "of one grey level all over: used, but no brains"),
-    "constant": (lambda path: put(path, 100), "of one grey level all over: used, but no brains"),
-    "transparent": (
-        lambda path: Image.new("LA", (8, 8), (100, 0)).save(path),
-        "of one grey level all over: used, but no brains",
-    ),
+    "black": (lambda path: save_blank(path, 0), "a single grey level"),
+    "constant": (lambda path: save_blank(path, 100), "a single grey level"),
+    "transparent": (lambda path: Image.new("LA", (8, 8), (100, 0)).save(path), "a single grey level"),
 }
 
 
 @pytest.mark.parametrize("kind", ODD_FILES)
-def test_odd_slices_are_used_and_counted_in_one_warning(people, capsys, kind):
-    save, message = ODD_FILES[kind]
+def test_odd_slices_are_used_and_counted_in_one_warning(data_dir, capsys, kind):
+    save, oddity = ODD_FILES[kind]
     for position in (2, 3):
-        save(people / "keras_png_slices_train" / f"case_000_slice_{position}.png")
-    assert load(people, capsys) == f"warning: 2 slices such as case_000_slice_2.png are {message}\n"
+        save(data_dir / "keras_png_slices_train" / f"case_000_slice_{position}.png")
+    warnings = load(data_dir, capsys)
+    assert warnings.count("\n") == 1
+    assert warnings.startswith("warning: 2 slices such as case_000_slice_2.png")
+    assert oddity in warnings
 
 
-def test_mixed_sizes_are_used_and_counted(people, capsys):
-    brain().resize((16, 16)).save(people / "keras_png_slices_train" / "case_000_slice_2.png")
-    assert load(people, capsys) == (
-        "warning: 1 slices such as case_000_slice_2.png are not 8 × 8 as the other 12 are; all become 8 × 8, whatever "
-        "a pixel was in millimetres\n"
-    )
+def test_mixed_sizes_are_used_and_counted(data_dir, capsys):
+    brain().resize((16, 16)).save(data_dir / "keras_png_slices_train" / "case_000_slice_2.png")
+    warnings = load(data_dir, capsys)
+    assert warnings.count("\n") == 1
+    assert warnings.startswith("warning: 1 slices such as case_000_slice_2.png are not 8 × 8")
+    assert "the other 12" in warnings
 
 
-def test_names_without_a_case_count_as_people_of_their_own(tmp_path, capsys):
+def test_files_that_name_no_subject_count_as_subjects_of_their_own(tmp_path, capsys):
     for i in range(10):
         brain(i).save(tmp_path / f"brain{i}.png")
-    printed = load(tmp_path, capsys)
-    assert printed.count("\n") == 1
-    assert printed.startswith("warning: 10 files such as brain")
-    assert printed.endswith(
-        ".png name no case and slice (case_001_slice_0.nii.png); each counts as a person of its own, at slice "
-        "position 0\n"
-    )
+    warnings = load(tmp_path, capsys)
+    assert warnings.count("\n") == 1
+    assert warnings.startswith("warning: 10 files such as brain")
+    assert "case_001_slice_0.nii.png" in warnings
     assert [len(files) for files in dataset.find(tmp_path).values()] == [8, 1, 1]
 
 
 @pytest.mark.parametrize(
     "name", ["Gehirn größer_slice_7.png", "脑 01_slice_7.png", "a b  c_slice_7.PNG", "a\nb_slice_7.png"]
 )
-def test_any_name_will_do_and_stays_on_one_line(people, capsys, name):
-    path = people / "keras_png_slices_train" / name
+def test_any_name_is_accepted_and_stays_on_one_line(data_dir, capsys, name):
+    path = data_dir / "keras_png_slices_train" / name
     brain(200).save(path, "PNG")
-    assert load(people, capsys) == ""
-    found = [file for file in dataset.find(people)["train"] if file.path == path]
-    assert (found[0].case, found[0].position) == (name[: name.index("_slice")], 7)
+    assert load(data_dir, capsys) == ""
+    found = [file for file in dataset.find(data_dir)["train"] if file.path == path]
+    assert (found[0].subject, found[0].position) == (name[: name.index("_slice")], 7)
     path.write_bytes(b"")
-    assert load(people, capsys) == f"{people}/keras_png_slices_train/{name}: is empty{REPLACE}".replace("\n", "\\n")
+    assert_refused(data_dir, capsys, console.one_line(path), "is empty")
 
 
-def test_a_name_that_is_no_text_is_escaped(people, capsys):
-    path = os.fsencode(people / "keras_png_slices_train") + b"/case_\xff_slice_1.png"
+def test_a_name_that_is_not_valid_text_is_escaped(data_dir, capsys):
+    path = os.fsencode(data_dir / "keras_png_slices_train") + b"/case_\xff_slice_1.png"
     Path(os.fsdecode(path)).write_bytes(b"")
-    printed = load(people, capsys)
-    assert printed.encode() == f"{people}/keras_png_slices_train/case_\\udcff_slice_1.png: is empty{REPLACE}".encode()
+    assert_refused(data_dir, capsys, f"{data_dir}/keras_png_slices_train/case_\\udcff_slice_1.png", "is empty")
 
 
-def test_folders_that_link_in_circles_are_read_once(people, capsys):
-    (people / "keras_png_slices_train" / "again").symlink_to(people / "keras_png_slices_train")
-    (people / "keras_png_slices_train" / "loop").symlink_to(people / "keras_png_slices_train" / "loop")
-    assert len(dataset.find(people)["train"]) == 8
-    assert load(people, capsys) == ""
+def test_folders_that_link_to_each_other_are_read_once(data_dir, capsys):
+    (data_dir / "keras_png_slices_train" / "again").symlink_to(data_dir / "keras_png_slices_train")
+    (data_dir / "keras_png_slices_train" / "loop").symlink_to(data_dir / "keras_png_slices_train" / "loop")
+    assert len(dataset.find(data_dir)["train"]) == 8
+    assert load(data_dir, capsys) == ""
 
 
 def test_a_data_dir_that_links_to_itself(tmp_path, capsys):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert load(tmp_path / "loop", capsys) == (
-        f"{tmp_path}/loop: cannot be read (Too many levels of symbolic links); set data_dir to the folder with the PNG "
-        "slices"
-    )
+    assert_refused(tmp_path / "loop", capsys, tmp_path / "loop", "symbolic links", "set data_dir")
 
 
-def test_no_such_folder(tmp_path, capsys):
-    assert load(tmp_path / "nowhere", capsys) == (
-        f"{tmp_path}/nowhere: no such folder; set data_dir to the folder with the PNG slices"
-    )
+def test_a_data_dir_that_does_not_exist(tmp_path, capsys):
+    assert_refused(tmp_path / "nowhere", capsys, tmp_path / "nowhere", "no such folder", "set data_dir")
 
 
-def test_a_file_for_a_folder(tmp_path, capsys):
-    path = put(tmp_path / "case_001_slice_0.png")
-    assert load(path, capsys) == f"{path}: is a file; set data_dir to the folder with the PNG slices"
+def test_a_data_dir_that_is_a_file(tmp_path, capsys):
+    path = save_blank(tmp_path / "case_001_slice_0.png")
+    assert_refused(path, capsys, path, "is a file", "set data_dir")
+
+
+@pytest.mark.parametrize("name", ["volume.nii.gz", "disc1.tar.gz"])
+def test_volumes_are_to_be_converted_first(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"")
+    for source in (tmp_path, tmp_path / name):
+        assert_refused(source, capsys, source, "volumes", f"python oasis.py {source}")
 
 
 def test_an_empty_folder(tmp_path, capsys):
-    assert load(tmp_path, capsys) == f"{tmp_path}: is empty; set data_dir to the folder with the PNG slices"
+    assert_refused(tmp_path, capsys, tmp_path, "is empty", "set data_dir")
 
 
 def test_a_folder_without_pngs(tmp_path, capsys):
     (tmp_path / "case_001_slice_0.jpg").write_bytes(b"")
-    assert load(tmp_path, capsys) == f"{tmp_path}: holds no PNG files; set data_dir to the folder with the PNG slices"
+    assert_refused(tmp_path, capsys, tmp_path, "no PNG files", "set data_dir")
 
 
 def test_a_folder_of_masks_only(tmp_path, capsys):
-    put(tmp_path / "seg_001_slice_0.nii.png")
-    assert load(tmp_path, capsys) == (
-        f"{tmp_path}: holds masks only, no slices; set data_dir to the folder with the PNG slices"
-    )
+    save_blank(tmp_path / "seg_001_slice_0.nii.png")
+    assert_refused(tmp_path, capsys, tmp_path, "only masks", "set data_dir")
 
 
-def test_slices_too_far_down(tmp_path, capsys):
-    put(tmp_path / "a" / "b" / "case_001_slice_0.png")
-    assert load(tmp_path, capsys) == (
-        f"{tmp_path}: holds PNGs only more than one folder down; set data_dir to the folder with the PNG slices"
-    )
+def test_slices_too_many_levels_below(tmp_path, capsys):
+    save_blank(tmp_path / "a" / "b" / "case_001_slice_0.png")
+    assert_refused(tmp_path, capsys, tmp_path, "more than one level below", "set data_dir")
 
 
-def test_a_split_that_is_missing(people, capsys):
-    shutil.rmtree(people / "keras_png_slices_test")
-    assert load(people, capsys) == (
-        f"{people}: has keras_png_slices_train, keras_png_slices_validate but no test folder; add it, or put all PNGs "
-        "in one folder"
-    )
-    shutil.rmtree(people / "keras_png_slices_validate")
-    assert load(people, capsys) == (
-        f"{people}: has keras_png_slices_train but no validate and no test folder; add it, or put all PNGs in one "
-        "folder"
-    )
+def test_a_missing_split(data_dir, capsys):
+    shutil.rmtree(data_dir / "keras_png_slices_test")
+    assert_refused(data_dir, capsys, data_dir, "no test folder", "add it")
+    shutil.rmtree(data_dir / "keras_png_slices_validate")
+    assert_refused(data_dir, capsys, data_dir, "no validate and no test folder", "add it")
 
 
-def test_a_split_that_is_empty(people, capsys):
-    for path in (people / "keras_png_slices_validate").iterdir():
+def test_an_empty_split(data_dir, capsys):
+    folder = data_dir / "keras_png_slices_validate"
+    for path in folder.iterdir():
         path.unlink()
-    assert load(people, capsys) == (
-        f"{people}/keras_png_slices_validate: no PNG slices in it; put the validate slices there"
-    )
+    assert_refused(data_dir, capsys, folder, "no PNG slices", "validate split")
 
 
-def test_a_person_in_two_splits(people, capsys):
-    brain(250).save(people / "keras_png_slices_test" / "case_001_slice_9.png")
-    assert load(people, capsys) == (
-        f"{people}/keras_png_slices_test/case_001_slice_9.png: case_001 is in train as well as in test; keep all "
-        "slices of a person in one split"
-    )
+def test_a_subject_in_two_splits(data_dir, capsys):
+    path = data_dir / "keras_png_slices_test" / "case_001_slice_9.png"
+    brain(250).save(path)
+    assert_refused(data_dir, capsys, path, "case_001", "train split", "test split", "keep all slices of a subject")
 
 
-def test_a_picture_in_two_splits_under_two_names(people, capsys):
-    first, again = (people / f"keras_png_slices_{name}" for name in ("train/case_001_slice_1", "test/case_077_slice_1"))
-    shutil.copy(f"{first}.nii.png", f"{again}.nii.png")
-    assert load(people, capsys) == (
-        f"{again}.nii.png: is the same picture as {first}.nii.png of the train split; keep all slices of a person in "
-        "one split"
-    )
+def test_an_image_in_two_splits_under_two_names(data_dir, capsys):
+    first = data_dir / "keras_png_slices_train" / "case_001_slice_1.nii.png"
+    second = data_dir / "keras_png_slices_test" / "case_077_slice_1.nii.png"
+    shutil.copy(first, second)
+    assert_refused(data_dir, capsys, second, str(first), "train split", "keep all slices of a subject")
 
 
-def test_two_people_are_too_few_for_three_splits(tmp_path, capsys):
-    put_case(tmp_path, 1)
-    put_case(tmp_path, 2)
-    assert load(tmp_path, capsys) == (f"{tmp_path}: too few people for three splits; add slices of at least 3 cases")
+def test_two_subjects_are_too_few_for_three_splits(tmp_path, capsys):
+    save_subject(tmp_path, 1)
+    save_subject(tmp_path, 2)
+    assert_refused(tmp_path, capsys, tmp_path, "2 subjects", "at least 3")
 
 
 def fuzz_seeds() -> list[bytes]:
-    """PNGs of every kind, of synthetic slices."""
+    """Synthetic slices as PNGs of every kind."""
     grey = Image.fromarray(phantom.slice_image(0, 1, 8, 32))
-    mirrored = grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    flipped = grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    coloured = Image.merge("RGB", [grey, mirrored, grey])
-    pictures = [grey, deep, coloured, coloured.quantize(16), grey.convert("1"), Image.merge("LA", [grey, mirrored])]
+    coloured = Image.merge("RGB", [grey, flipped, grey])
+    images = [grey, deep, coloured, coloured.quantize(16), grey.convert("1"), Image.merge("LA", [grey, flipped])]
     seeds = []
-    for picture in [*pictures, Image.merge("RGBA", [grey, grey, grey, mirrored])]:
+    for image in [*images, Image.merge("RGBA", [grey, grey, grey, flipped])]:
         file = io.BytesIO()
-        picture.save(file, "PNG", dpi=(72, 72))
+        image.save(file, "PNG", dpi=(72, 72))
         seeds.append(file.getvalue())
     file = io.BytesIO()
-    grey.save(file, "PNG", save_all=True, append_images=[mirrored])
+    grey.save(file, "PNG", save_all=True, append_images=[flipped])
     return [*seeds, file.getvalue()]
 
 
@@ -461,11 +447,11 @@ SIDES = [0, 1, 31, 32, 33, 4096, 4097, 2**31 - 1, 2**32 - 1]
 
 
 def damage(chunks: list[tuple[bytes, bytes]], draw) -> None:
-    """Flip, cut, drop, double or rename one chunk of a PNG, or lie about its size."""
+    """Change a byte of one chunk of a PNG, cut, drop, double or rename it, or state a wrong image size."""
     i = draw(st.integers(0, len(chunks) - 1))
     kind, content = chunks[i]
-    how = draw(st.sampled_from(["flip", "cut", "drop", "double", "rename", "size"]))
-    if how == "flip" and content:
+    how = draw(st.sampled_from(["change", "cut", "drop", "double", "rename", "size"]))
+    if how == "change" and content:
         at = draw(st.integers(0, len(content) - 1))
         chunks[i] = kind, content[:at] + bytes([draw(st.integers(0, 255))]) + content[at + 1 :]
     elif how == "cut":
@@ -483,8 +469,8 @@ def damage(chunks: list[tuple[bytes, bytes]], draw) -> None:
 
 @st.composite
 def damaged_pngs(draw) -> bytes:
-    """A PNG with damaged chunks whose checksums are right, so that the damage reaches the decoder; or bytes of it
-    overwritten; or its end cut off; or all of that."""
+    """A damaged PNG: damaged chunks with correct checksums, so that the damage reaches the decoder, overwritten bytes,
+    a missing end, or all of these."""
     seed, chunks, at = draw(st.sampled_from(SEEDS)), [], 8
     while at < len(seed):
         length = int.from_bytes(seed[at : at + 4], "big")
@@ -517,13 +503,14 @@ def test_damaged_pngs_are_read_or_refused_by_name(tmp_path_factory, content):
 # --------------------------------------------------------------------------------------------- feeding
 
 
-def slices(count: int) -> dataset.Slices:
+def make_slices(count: int) -> dataset.Slices:
+    """Slices of 4 × 4 pixels, whose intensity is their index and their position."""
     images = np.arange(count, dtype=np.uint8).repeat(16).reshape(count, 4, 4, 1)
     return dataset.Slices(images, np.arange(count, dtype=np.int32), np.array(["case"] * count))
 
 
-def test_batches_hold_float_images_with_their_positions():
-    batches = list(dataset.image_batches(slices(10), 4))
+def test_batches_contain_float_images_with_their_positions():
+    batches = list(dataset.image_batches(make_slices(10), 4))
     assert [len(positions) for _, positions in batches] == [4, 4, 2]
     for images, positions in batches:
         assert images.dtype == tf.float32
@@ -532,71 +519,102 @@ def test_batches_hold_float_images_with_their_positions():
 
 
 def epoch_order(epoch: int, seed: int = 0) -> list[int]:
-    batches = dataset.image_batches(slices(12), 4, seed=seed, first_epoch=epoch).take(3)
+    batches = dataset.image_batches(make_slices(12), 4, seed=seed, first_epoch=epoch).take(3)
     return np.concatenate([positions.numpy() for _, positions in batches]).tolist()
 
 
-def test_shuffles_are_a_function_of_seed_and_epoch():
-    from_the_start = dataset.image_batches(slices(12), 4, seed=0).take(9)
+def test_the_order_of_slices_is_a_function_of_seed_and_epoch():
+    from_the_start = dataset.image_batches(make_slices(12), 4, seed=0).take(9)
     orders = np.concatenate([positions.numpy() for _, positions in from_the_start]).reshape(3, 12).tolist()
-    assert orders == [epoch_order(0), epoch_order(1), epoch_order(2)]  # begun later, an epoch is the same
+    assert orders == [epoch_order(0), epoch_order(1), epoch_order(2)]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert orders[0] != orders[1]
     assert epoch_order(0, seed=1) != orders[0]
 
 
-def test_augmentation_keeps_brains_and_is_fixed_by_its_seed():
-    brains = np.stack([dataset.phantom.slice_image(0, 1, p)[..., None] for p in range(0, 16, 2)])
+def test_shuffled_epochs_have_full_batches_only():
+    assert [dataset.steps_per_epoch(count, 4) for count in (12, 15, 3)] == [3, 3, 1]
+    sizes = [len(positions) for _, positions in dataset.image_batches(make_slices(15), 4, seed=0).take(6)]
+    assert sizes == [4] * 6
+
+
+def test_augmentation_preserves_brains_and_is_determined_by_its_seed():
+    brains = np.stack([phantom.slice_image(0, 1, position)[..., None] for position in range(0, 16, 2)])
     brains = tf.constant(dataset.to_float(brains))
-    changed = dataset.augment(brains, (3, 5)).numpy()
-    assert np.array_equal(changed, dataset.augment(brains, (3, 5)))
-    assert not np.array_equal(changed, dataset.augment(brains, (3, 6)))
-    assert changed.shape == brains.shape
-    assert changed.min() >= 0
-    assert changed.max() <= 1
-    brightness = changed.sum(axis=(1, 2, 3)) / brains.numpy().sum(axis=(1, 2, 3))
-    assert np.all(np.abs(brightness - 1) < 0.35)  # 10 % brighter and 21 % larger, at most
-    assert len({round(float(b), 3) for b in brightness}) > 4  # each image is changed in its own way
+    augmented = dataset.augment(brains, (3, 5)).numpy()
+    assert np.array_equal(augmented, dataset.augment(brains, (3, 5)))
+    assert not np.array_equal(augmented, dataset.augment(brains, (3, 6)))
+    assert augmented.shape == brains.shape
+    assert augmented.min() >= 0
+    assert augmented.max() <= 1
+    brightness = augmented.sum(axis=(1, 2, 3)) / brains.numpy().sum(axis=(1, 2, 3))
+    assert np.all(np.abs(brightness - 1) < 0.35)  # at most 10 % brighter and 21 % larger
+    assert len({round(float(b), 3) for b in brightness}) > 4  # each image in its own way
 
 
 def test_augmentation_is_a_function_of_seed_and_epoch():
     def third_epoch(first_epoch):
-        batches = dataset.image_batches(slices(12), 4, seed=1, first_epoch=first_epoch, augmented=True)
+        batches = dataset.image_batches(make_slices(12), 4, seed=1, first_epoch=first_epoch, augmented=True)
         return [images.numpy() for images, _ in batches.skip(3 * (2 - first_epoch)).take(3)]
 
-    for from_the_start, begun_later in zip(third_epoch(0), third_epoch(2), strict=True):
-        assert np.array_equal(from_the_start, begun_later)
+    for from_the_start, resumed in zip(third_epoch(0), third_epoch(2), strict=True):
+        assert np.array_equal(from_the_start, resumed)
 
 
-def test_the_parts_of_a_batch_that_processes_get_make_up_the_whole():
-    def batches(share):
-        of_training = dataset.image_batches(slices(13), 4, seed=1, augmented=True, share=share).take(3)
-        return [*of_training, *dataset.image_batches(slices(10), 4, share=share)]
+def test_the_shards_of_a_batch_make_up_the_whole():
+    def batches(shard):
+        of_training = dataset.image_batches(make_slices(13), 4, seed=1, augmented=True, shard=shard).take(3)
+        return [*of_training, *dataset.image_batches(make_slices(10), 4, shard=shard)]
 
-    for whole, *parts in zip(*(batches(share) for share in ((0, 1), (0, 2), (1, 2))), strict=True):
+    for whole, *parts in zip(*(batches(shard) for shard in ((0, 1), (0, 2), (1, 2))), strict=True):
         for tensor, halves in zip(whole, zip(*parts, strict=True), strict=True):
             np.testing.assert_array_equal(tensor, np.concatenate(halves))
 
 
 def test_code_batches_pair_codes_with_positions_and_targets():
     codes = np.arange(24, dtype=np.int32).reshape(6, 2, 2)
-    (inputs, positions), targets = next(iter(dataset.code_batches(codes, np.arange(6, dtype=np.int32), 4)))
+    positions = np.arange(6, dtype=np.int32)
+    (inputs, of_inputs), targets = next(iter(dataset.code_batches(codes, positions, 4)))
     np.testing.assert_array_equal(inputs, targets)
-    np.testing.assert_array_equal(inputs[:, 0, 0], positions.numpy() * 4)
+    np.testing.assert_array_equal(inputs[:, 0, 0], of_inputs.numpy() * 4)
+    (_, _, coarse), _ = next(iter(dataset.code_batches(codes, positions, 4, coarse=codes[:, :1, :1])))
+    np.testing.assert_array_equal(coarse[:, 0, 0], of_inputs.numpy() * 4)
 
 
-def test_synthetic_slices_are_split_by_case(monkeypatch):
-    monkeypatch.setattr(dataset.phantom, "NUM_CASES", 10)
-    monkeypatch.setattr(dataset.phantom, "NUM_POSITIONS", 2)
-    made = dataset.load(None, 32, seed=1)
-    assert {split: len(held) for split, held in made.items()} == {"train": 16, "validate": 2, "test": 2}
-    assert not set(made["train"].cases) & set(made["test"].cases)
-    assert made["train"].images.any()
+def test_synthetic_slices_are_split_by_subject(monkeypatch):
+    monkeypatch.setattr(phantom, "NUM_SUBJECTS", 10)
+    monkeypatch.setattr(phantom, "NUM_POSITIONS", 2)
+    slices = dataset.load(None, 32, seed=1)
+    assert [len(slices[split]) for split in naming.SPLITS] == [16, 2, 2]
+    assert not set(slices["train"].subjects) & set(slices["test"].subjects)
+    train = slices["train"]
+    subject = int(train.subjects[-1].removeprefix("case_"))
+    assert np.array_equal(train.images[-1, ..., 0], phantom.slice_image(1, subject, train.positions[-1], 32))
 
 
-def test_the_real_slices():
+def test_the_fingerprint_depends_on_everything():
+    slices = make_slices(4)
+    variants = [
+        {"train": slices},
+        {"test": slices},
+        {"train": dataset.Slices(slices.images[::-1], slices.positions, slices.subjects)},
+        {"train": dataset.Slices(slices.images, slices.positions[::-1].copy(), slices.subjects)},
+        {"train": dataset.Slices(slices.images, slices.positions, np.array(["other"] * 4))},
+    ]
+    assert len({dataset.fingerprint(variant) for variant in variants}) == len(variants)
+    assert dataset.fingerprint({"train": make_slices(4)}) == dataset.fingerprint(variants[0])
+
+
+def test_pixel_variance():
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 1), np.uint8)
+    slices = dataset.Slices(images, np.zeros(5, np.int32), np.array(["case"] * 5))
+    assert dataset.pixel_variance(slices) == pytest.approx((images / 255).var())
+    blank = dataset.Slices(np.zeros_like(images), slices.positions, slices.subjects)
+    assert dataset.pixel_variance(blank) == 1e-6
+
+
+def test_real_slices():
     if "OASIS_DIR" not in os.environ:
         pytest.skip("no real slices: set OASIS_DIR to the folder that holds them")
-    real = dataset.load(Path(os.environ["OASIS_DIR"]), 96, seed=0)
-    for held in real.values():
-        assert 0.1 < (held.images > 12).mean() < 0.5
+    for slices in dataset.load(Path(os.environ["OASIS_DIR"]), 96, seed=0).values():
+        assert 0.1 < (slices.images > 12).mean() < 0.5

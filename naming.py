@@ -1,0 +1,120 @@
+"""What the names of files and folders say: splits, subjects, sessions, slice positions, volumes and masks.
+
+dataset.py, phantom.py and oasis.py share these rules. This module needs the standard library only.
+"""
+
+import re
+
+SPLITS = ("train", "validate", "test")
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr.gz", ".hdr", ".mgz", ".mgh")
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+
+_SPLIT_PREFIX = "keras_png_slices_"
+_SPLIT_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "validate": "validate",
+    "validation": "validate",
+    "val": "validate",
+    "valid": "validate",
+    "test": "test",
+    "testing": "test",
+}
+_ATLAS_WORDS = ("t88", "aligned")
+_OASIS_PATTERNS = (r"_t88_masked_gfc\.", r"/aligned_norm\.", r"/norm\.", r"/slice_norm\.")  # Best volumes first.
+_MASK_WORDS = {"seg", "segmentation", "mask", "masks", "label", "labels"}
+
+
+def split_folder(split: str) -> str:
+    """Return the name of the folder that holds the slices of a split, such as `keras_png_slices_train`."""
+    return _SPLIT_PREFIX + split
+
+
+def split_of_folder(name: str) -> str | None:
+    """Return the split that a folder is named after, or None for any other name."""
+    return _SPLIT_ALIASES.get(name.lower().removeprefix(_SPLIT_PREFIX))
+
+
+def is_mask(name: str) -> bool:
+    """Whether a file or folder is named as a mask: one of the words in its name is `seg`, `mask` or `label`."""
+    return not _MASK_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
+def is_volume(name: str) -> bool:
+    """Whether a file is named as a NIfTI, Analyze or MGH volume."""
+    return name.lower().endswith(VOLUME_SUFFIXES)
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file is named as a tar archive."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def is_in_atlas(path: str) -> bool:
+    """Whether the file name of a volume says that it is in an atlas space: it contains `t88` or `aligned`."""
+    return any(word in _file_name(path).lower() for word in _ATLAS_WORDS)
+
+
+def volume_stem(name: str) -> str:
+    """Return the name of a volume without its suffix. The two files of an Analyze pair have the same stem."""
+    return next((name.removesuffix(suffix) for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), name)
+
+
+def subject_and_session(path: str) -> tuple[str, str]:
+    """Read subject and session from the path of a volume.
+
+    Returns:
+        `("OAS1_0001", "MR1")` for OASIS names, `("sub-01", "ses-02")` for BIDS names, which may lack the session
+        (`"ses-1"`), and the path without its suffix and `"1"` for any other path.
+    """
+    if match := re.search(r"(OAS\d_\d{4})_(MR\d+)", path):
+        return match[1], match[2]
+    if match := re.search(r"(sub-[A-Za-z0-9]+)(?:[/_](ses-[A-Za-z0-9]+))?", path):
+        return match[1], match[2] or "ses-1"
+    return volume_stem(path), "1"
+
+
+def select_volumes(names: list[str]) -> list[str]:
+    """Select the volumes to convert from a list of all paths.
+
+    Of OASIS-1 and Neurite-OASIS it is one volume per session: the skull-stripped, bias-corrected one in atlas space,
+    otherwise the one in the subject's own space, otherwise the single slice. Elsewhere it is every volume that is not
+    named as a mask.
+    """
+    volumes = [name for name in names if is_volume(name) and not _file_name(name).startswith(".")]
+    by_stem = {volume_stem(name): name for name in sorted(volumes, reverse=True)}  # The .hdr of a pair.
+    volumes = sorted(by_stem.values())
+    best: dict[tuple[str, str], tuple[int, str]] = {}
+    for name in volumes:
+        rank = next((i for i, pattern in enumerate(_OASIS_PATTERNS) if re.search(pattern, name)), None)
+        if rank is not None:
+            session = subject_and_session(name)
+            best[session] = min(best.get(session, (rank, name)), (rank, name))
+    if best:
+        return sorted(name for _, name in best.values())
+    return [name for name in volumes if not is_mask(_file_name(name))]
+
+
+def _file_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def slice_file(subject: str, position: int, session: int = 1) -> str:
+    """Return the name of a slice's PNG file, such as `case_001_slice_0.nii.png`.
+
+    Args:
+        subject: Name of the subject, such as `case_001`.
+        position: Slice position, counted from below.
+        session: Which of the subject's sessions it is, counted from 1. Later ones add `_session_2` and so on.
+    """
+    return f"{subject}_slice_{position}{f'_session_{session}' if session > 1 else ''}.nii.png"
+
+
+def subject_and_position(name: str) -> tuple[str, int] | None:
+    """Read subject and slice position from the name of a slice's PNG file.
+
+    Returns:
+        `("case_001", 0)` for `case_001_slice_0.nii.png`, or None if the name has no such form.
+    """
+    match = re.match(r"(.+?)[_-]slice[_-]?(\d{1,6})(?!\d)", name, re.IGNORECASE | re.DOTALL)
+    return (match[1], int(match[2])) if match else None
