@@ -1,17 +1,21 @@
-"""Draw code indices from a prior, computing at each position only what that position adds.
+"""Cached sampling: generate grids of code indices from a prior, computing only what each new cell adds.
 
-A draw is one compiled loop over the grid; Python is not called for a position.
+A whole grid is one compiled loop of the backend, so Python is not called for every cell.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-import model
+from layers import MaskedConv2D, Tensor
+from model import PixelCNN
 
 
-def draw(
-    prior: model.PixelCNN,
+def sample_codes(
+    prior: PixelCNN,
     positions: np.ndarray,
     seed: int | list[int],
     coarse: np.ndarray | None = None,
@@ -19,217 +23,71 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     batch_size: int = 64,
-    progress=None,
+    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """Draw one grid of code indices for each slice position, in raster order.
+    """Sample one grid of code indices for each slice position.
 
     Args:
-        prior: the trained prior; its weights are read, not changed.
-        positions: (N,) int32 slice positions.
-        seed: the same seed draws the same codes, whatever the batch size.
-        coarse: (N, h', w') codes of the coarser level, where the prior is told them.
-        temperature, top_k, top_p: see `restrict`.
-        batch_size: grids drawn at a time.
-        progress: called with the number of grids just drawn, after each batch.
+        prior: Trained prior, which is left unchanged.
+        positions: Slice positions (N,) int32.
+        seed: Seed of the samples. The same seed gives the same codes for every batch size.
+        coarse: Codes of the coarser level (N, h', w') int32, for a prior that is conditioned on them.
+        temperature, top_k, top_p: See `filter_logits`.
+        batch_size: Number of grids that are sampled together.
+        progress: Function that is called after each batch with the number of grids in it.
 
     Returns:
-        (N, h, w) int32 code indices.
+        (N, h, w) int32.
     """
     height, width = prior.grid_size
-    told = [np.asarray(array, np.int32) for array in (positions, coarse) if array is not None]
-    # One number in [0, 1) for each code to draw. Drawn ahead, they do not depend on how the grids are batched.
+    conditioning = [np.asarray(array, np.int32) for array in (positions, coarse) if array is not None]
+    # One number in [0, 1) for each code. They are generated first, so that they do not depend on the batch size.
     uniforms = np.random.default_rng(seed).random((len(positions), height * width), np.float32)
-    draw_next = compiled(lambda u, *told: draw_batch(prior, u, told, temperature, top_k, top_p))
-    codes = []
+
+    def sample(uniforms: Tensor, *conditioning: Tensor) -> Tensor:
+        return sample_batch(prior, uniforms, conditioning, temperature, top_k, top_p)
+
+    compiled = compile_function(sample)
+    codes: list[np.ndarray] = []
     for start in range(0, len(positions), batch_size):
         batch = slice(start, start + batch_size)
-        codes.append(ops.convert_to_numpy(draw_next(uniforms[batch], *[array[batch] for array in told])))
+        codes.append(ops.convert_to_numpy(compiled(uniforms[batch], *[array[batch] for array in conditioning])))
         if progress:
             progress(len(codes[-1]))
     return np.concatenate(codes).reshape(-1, height, width)
 
 
-def restrict(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """Sharpen logits (…, K) and cut off unlikely codes; the same shape comes back.
+def sample_batch(
+    prior: PixelCNN,
+    uniforms: Tensor,
+    conditioning: Sequence[Tensor],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Sample one batch of grids.
 
     Args:
-        temperature: divides the logits; below 1 sharpens, above 1 flattens. Positive.
-        top_k: keep the k most likely codes (ties are kept); 0 keeps all.
-        top_p: then keep the fewest most likely codes that together hold this share of the probability
-            (Holtzman et al. 2020); 1 keeps all.
-    """
-    logits = logits / temperature
-    lowest = -1e9
-    if 0 < top_k < logits.shape[-1]:
-        kth = ops.top_k(logits, top_k)[0][..., -1:]
-        logits = ops.where(logits < kth, lowest, logits)
-    if top_p < 1:
-        probabilities = ops.softmax(logits)
-        descending = -ops.sort(-probabilities, axis=-1)
-        needed = ops.cumsum(descending, axis=-1) - descending < top_p
-        least = ops.min(ops.where(needed, descending, 1.0), axis=-1, keepdims=True)
-        logits = ops.where(probabilities < least, lowest, logits)
-    return logits
-
-
-def choose(logits, uniforms):
-    """Draw from softmax(logits) by inverting the cumulative distribution: (B, K), (B,) in [0, 1) to (B,) int32."""
-    cumulative = ops.cumsum(ops.softmax(logits), axis=-1)
-    total = cumulative[:, -1:]
-    # the second condition keeps a number that rounds to 1 from going past the last possible code
-    below = (cumulative <= uniforms[:, None] * total) & (cumulative < total)
-    return ops.sum(ops.cast(below, "int32"), axis=-1)
-
-
-def incremental(prior: model.PixelCNN, told, inputs, pick):
-    """Go over the grid in raster order, computing at each position only what that position adds.
-
-    Each masked convolution keeps the inputs that later positions will read (Ramachandran et al. 2017, "Fast
-    generation for convolutional autoregressive models"): a few rows for the part of its kernel that reads whole
-    rows, which advances once a row; a few positions for the part that reads the row itself, which advances at
-    every position. The layers are the prior's own, so the logits are those of `prior((codes, *told))`.
-
-    Args:
-        told: what the prior is told: slice positions (B,) and, for a bottom prior, the coarser codes (B, h', w').
-        inputs: (h, w, B), one element for each position of each grid, handed to `pick`.
-        pick: function of the logits (B, K) and the inputs (B,) of a position; returns the code indices (B,) int32
-            to go on with.
+        prior: Trained prior.
+        uniforms: (B, h · w) float32 in [0, 1), one number for each code.
+        conditioning: See `cached_sampling`.
+        temperature, top_k, top_p: See `filter_logits`.
 
     Returns:
-        Code indices (h, w, B) int32.
+        (B, h · w) int32 code indices in raster order.
     """
-    return (_gated_walk if prior.gated else _plain_walk)(prior, told, inputs, pick)
-
-
-def _gated_walk(prior, told, inputs, pick):
-    """`incremental` for the gated prior: vertical stack a row at a time, horizontal stack a position at a time."""
-    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(told[0])[0]
-    row_layers = [prior.first_vertical, *[block.vertical for block in blocks]]
-    cell_layers = [prior.first_horizontal, *[block.horizontal for block in blocks]]
-
-    def next_row(windows, row_inputs):
-        row_inputs, place, condition = row_inputs
-        vertical = prior.first_vertical.row(windows[0]) + place  # (B, w, filters)
-        entering = [vertical]  # what the positions of the row take from above, layer by layer
-        moved = []
-        for block, window in zip(blocks, windows[1:], strict=True):
-            moved.append(_push(window, vertical))
-            above, given = block.vertical.row(moved[-1]), block.condition(condition)
-            entering.append(block.across(above) + given)
-            vertical = block.next_vertical(vertical, above + given)
-
-        def next_cell(cells, cell_inputs):
-            cell_inputs, first, *above = cell_inputs
-            horizontal = prior.first_horizontal.cell(cells[0]) + first
-            moved = []
-            for block, window, given in zip(blocks, cells[1:], above, strict=True):
-                moved.append(_push(window, horizontal))
-                horizontal = block.next_horizontal(horizontal, block.horizontal.cell(moved[-1]) + given)
-            codes = pick(prior.head(horizontal), cell_inputs)
-            return [_push(cells[0], prior.embedding(codes)), *moved], [codes]
-
-        xs = [row_inputs, *[_columns_first(e) for e in entering]]
-        _, (codes,) = _scan(next_cell, _no_cells(cell_layers, batch_size), xs, [_no_codes(width, batch_size)])
-        return [_push(windows[0], _columns_first(prior.embedding(codes))), *moved], [codes]
-
-    windows = _no_rows(row_layers, batch_size, width)
-    return _scan(next_row, windows, [inputs, prior.place, _rows(prior, told)], [_no_codes(height, width, batch_size)])[
-        1
-    ][0]
-
-
-def _plain_walk(prior, told, inputs, pick):
-    """`incremental` for the plain prior: what all rows above give comes a row at a time, the rest by position."""
-    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(told[0])[0]
-    layers = [prior.first, *[block.masked for block in blocks]]
-
-    def next_row(windows, row_inputs):
-        row_inputs, place, condition = row_inputs
-        above = [layer.row(window) for layer, window in zip(layers, windows, strict=True)]  # (B, w, …)
-        given = [place, *[block.condition(condition) for block in blocks]]
-        entering = [a + g for a, g in zip(above, given, strict=True)]
-
-        def next_cell(cells, cell_inputs):
-            cell_inputs, first, *above = cell_inputs
-            features = prior.first.cell(cells[0]) + first
-            moved, read = [], []
-            for block, window, given in zip(blocks, cells[1:], above, strict=True):
-                read.append(block.reduced(features))
-                moved.append(_push(window, read[-1]))
-                features = block.next_features(features, block.masked.cell(moved[-1]) + given)
-            codes = pick(prior.head(features), cell_inputs)
-            return [_push(cells[0], prior.embedding(codes)), *moved], [codes, *read]
-
-        xs = [row_inputs, *[_columns_first(e) for e in entering]]
-        nothing_read = [ops.zeros((width, batch_size, layer.kernel.shape[2])) for layer in layers[1:]]
-        outputs = [_no_codes(width, batch_size), *nothing_read]
-        _, (codes, *read) = _scan(next_cell, _no_cells(layers, batch_size), xs, outputs)
-        read = [prior.embedding(codes), *read]  # what each layer read along the row, (w, B, …)
-        return [_push(window, _columns_first(r)) for window, r in zip(windows, read, strict=True)], [codes]
-
-    windows = _no_rows(layers, batch_size, width)
-    return _scan(next_row, windows, [inputs, prior.place, _rows(prior, told)], [_no_codes(height, width, batch_size)])[
-        1
-    ][0]
-
-
-def _rows(prior, told):
-    """What the prior is told for each row: (h, B, w or 1, filters)."""
-    condition = prior.condition(*told)  # (B, h or 1, w or 1, filters)
-    return ops.swapaxes(ops.repeat(condition, prior.grid_size[0] // condition.shape[1], axis=1), 0, 1)
-
-
-def _scan(step, state, inputs, outputs):
-    """Call `step(state, [x[i] for x in inputs])` for each i in turn; it returns the new state and its outputs,
-    which are put in their places i of `outputs`. (`keras.ops.scan` wants outputs like the state.)"""
-
-    def body(i, carried):
-        state, outputs = carried
-        state, new = step(state, [ops.take(x, i, axis=0) for x in inputs])
-        place = ops.reshape(ops.cast(i, "int32"), (1, 1))
-        return state, [ops.scatter_update(all_, place, one[None]) for all_, one in zip(outputs, new, strict=True)]
-
-    return ops.fori_loop(0, inputs[0].shape[0], body, (state, outputs))
-
-
-def _push(window, newest):
-    """Drop the oldest of (B, span, …) and append the newest (B, …)."""
-    return ops.concatenate([window[:, 1:], newest[:, None]], axis=1)
-
-
-def _columns_first(row):
-    """(B, w, …) to (w, B, …) and back."""
-    return ops.swapaxes(row, 0, 1)
-
-
-def _no_rows(layers: list[model.MaskedConv2D], batch_size, width: int) -> list:
-    """The rows above the grid that each layer reads: zeros, as in its padding."""
-    return [ops.zeros((batch_size, layer.row_span, width, layer.kernel.shape[2])) for layer in layers]
-
-
-def _no_cells(layers: list[model.MaskedConv2D], batch_size) -> list:
-    """The positions left of the grid that each layer reads: zeros."""
-    return [ops.zeros((batch_size, layer.cell_span, layer.kernel.shape[2])) for layer in layers]
-
-
-def _no_codes(*shape):
-    return ops.zeros(shape, dtype="int32")
-
-
-def draw_batch(prior, uniforms, told, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """(B, h·w) numbers in [0, 1) and what the prior is told (see `incremental`) to (B, h·w) code indices."""
     height, width = prior.grid_size
 
-    def pick(logits, numbers):
-        return choose(restrict(logits, temperature, top_k, top_p), numbers)
+    def sample_cell(logits: Tensor, uniforms: Tensor) -> Tensor:
+        return sample_categorical(filter_logits(logits, temperature, top_k, top_p), uniforms)
 
-    numbers = ops.transpose(ops.reshape(uniforms, (-1, height, width)), (1, 2, 0))  # (h, w, B)
-    codes = incremental(prior, told, numbers, pick)  # (h, w, B)
+    uniforms = ops.transpose(ops.reshape(uniforms, (-1, height, width)), (1, 2, 0))  # (h, w, B)
+    codes = cached_sampling(prior, conditioning, uniforms, sample_cell)  # (h, w, B)
     return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
 
 
-def compiled(function):
-    """The function as one graph of the backend."""
+def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function compiled to one graph of the backend."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -239,3 +97,225 @@ def compiled(function):
 
         return jax.jit(function)
     return function
+
+
+# --------------------------------------------------------------------------------------------- one code
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Apply temperature, top-k and top-p filtering, in this order.
+
+    Args:
+        logits: (..., K).
+        temperature: Positive divisor of the logits. Values below 1 sharpen the distribution, above 1 flatten it.
+        top_k: Number of most likely codes to keep, with ties. 0 keeps all.
+        top_p: Keep the smallest set of most likely codes whose total probability reaches this fraction (nucleus
+            sampling, Holtzman et al. 2020). 1 keeps all.
+
+    Returns:
+        (..., K), with −1e9 for codes that are excluded.
+    """
+    logits = logits / temperature
+    excluded = -1e9
+    if 0 < top_k < logits.shape[-1]:
+        kth_largest = ops.top_k(logits, top_k)[0][..., -1:]
+        logits = ops.where(logits < kth_largest, excluded, logits)
+    if top_p < 1:
+        probabilities = ops.softmax(logits)
+        descending = -ops.sort(-probabilities, axis=-1)
+        needed = ops.cumsum(descending, axis=-1) - descending < top_p
+        smallest = ops.min(ops.where(needed, descending, 1.0), axis=-1, keepdims=True)
+        logits = ops.where(probabilities < smallest, excluded, logits)
+    return logits
+
+
+def sample_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Sample from softmax(logits) by inverting the cumulative distribution.
+
+    Args:
+        logits: (B, K).
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        (B,) int32.
+    """
+    cumulative = ops.cumsum(ops.softmax(logits), axis=-1)
+    total = cumulative[:, -1:]
+    # The second condition keeps a number that rounds to 1 from selecting a code of probability 0
+    below = (cumulative <= uniforms[:, None] * total) & (cumulative < total)
+    return ops.sum(ops.cast(below, "int32"), axis=-1)
+
+
+# --------------------------------------------------------------------------------------------- one grid
+
+
+def cached_sampling(
+    prior: PixelCNN,
+    conditioning: Sequence[Tensor],
+    inputs: Tensor,
+    sample_cell: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Visit the cells of a grid in raster order, computing at each cell only what it adds.
+
+    Each masked convolution caches the inputs that later cells will read (Ramachandran et al. 2017, "Fast Generation for
+    Convolutional Autoregressive Models"): a few recent rows for the part of its kernel that covers complete rows, and
+    a few recent cells for the part that covers the current row. The first cache advances once per row, the second at
+    every cell. The layers are those of the prior, so the logits equal those of `prior((codes, *conditioning))`.
+
+    Args:
+        prior: Trained prior.
+        conditioning: Slice positions (B,) int32 and, for a bottom prior, coarse codes (B, h', w') int32.
+        inputs: (h, w, B), values for `sample_cell`.
+        sample_cell: Function of the logits (B, K) and the inputs (B,) of a cell that returns its code indices (B,)
+            int32.
+
+    Returns:
+        (h, w, B) int32 code indices.
+    """
+    sample = _cached_gated if prior.gated else _cached_plain
+    return sample(prior, conditioning, inputs, sample_cell)
+
+
+def _cached_gated(
+    prior: PixelCNN,
+    conditioning: Sequence[Tensor],
+    inputs: Tensor,
+    sample_cell: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`cached_sampling` for the gated prior: the vertical stack row by row, the horizontal stack cell by cell."""
+    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(conditioning[0])[0]
+    row_layers = [prior.first_vertical, *[block.vertical for block in blocks]]
+    cell_layers = [prior.first_horizontal, *[block.horizontal for block in blocks]]
+
+    def next_row(row_caches: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        row_inputs, position_embedding, condition = row
+        vertical = prior.first_vertical.convolve_rows(row_caches[0]) + position_embedding  # (B, w, filters)
+        from_above = [vertical]  # what the cells of the row receive from the vertical stack, for each layer
+        new_row_caches = []
+        for block, cache in zip(blocks, row_caches[1:], strict=True):
+            new_row_caches.append(_append(cache, vertical))
+            above, projected = block.vertical.convolve_rows(new_row_caches[-1]), block.condition(condition)
+            from_above.append(block.vertical_to_horizontal(above) + projected)
+            vertical = block.update_vertical(vertical, above + projected)
+
+        def next_cell(cell_caches: list[Tensor], cell: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            cell_inputs, first_above, *blocks_above = cell
+            horizontal = prior.first_horizontal.convolve_cells(cell_caches[0]) + first_above
+            new_cell_caches = []
+            for block, cache, above in zip(blocks, cell_caches[1:], blocks_above, strict=True):
+                new_cell_caches.append(_append(cache, horizontal))
+                left = block.horizontal.convolve_cells(new_cell_caches[-1])
+                horizontal = block.update_horizontal(horizontal, left + above)
+            codes = sample_cell(prior.head(horizontal), cell_inputs)
+            return [_append(cell_caches[0], prior.embedding(codes)), *new_cell_caches], [codes]
+
+        cells = [row_inputs, *[_swap_batch(features) for features in from_above]]
+        _, (codes,) = _scan(next_cell, _empty_cells(cell_layers, batch_size), cells, [_zero_codes(width, batch_size)])
+        first_cache = _append(row_caches[0], _swap_batch(prior.embedding(codes)))
+        return [first_cache, *new_row_caches], [codes]
+
+    rows = [inputs, prior.position_embedding, _condition_by_row(prior, conditioning)]
+    row_caches = _empty_rows(row_layers, batch_size, width)
+    _, (codes,) = _scan(next_row, row_caches, rows, [_zero_codes(height, width, batch_size)])
+    return codes
+
+
+def _cached_plain(
+    prior: PixelCNN,
+    conditioning: Sequence[Tensor],
+    inputs: Tensor,
+    sample_cell: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`cached_sampling` for the plain prior: the contribution of the rows above row by row, the rest cell by cell."""
+    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(conditioning[0])[0]
+    masked_layers = [prior.first, *[block.masked for block in blocks]]
+
+    def next_row(row_caches: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        row_inputs, position_embedding, condition = row
+        above = [layer.convolve_rows(cache) for layer, cache in zip(masked_layers, row_caches, strict=True)]
+        projected = [position_embedding, *[block.condition(condition) for block in blocks]]
+        from_above = [a + p for a, p in zip(above, projected, strict=True)]  # (B, w, C) for each layer
+
+        def next_cell(cell_caches: list[Tensor], cell: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            cell_inputs, first_above, *blocks_above = cell
+            features = prior.first.convolve_cells(cell_caches[0]) + first_above
+            new_cell_caches, reduced = [], []
+            for block, cache, above in zip(blocks, cell_caches[1:], blocks_above, strict=True):
+                reduced.append(block.reduce_features(features))
+                new_cell_caches.append(_append(cache, reduced[-1]))
+                features = block.update_features(features, block.masked.convolve_cells(new_cell_caches[-1]) + above)
+            codes = sample_cell(prior.head(features), cell_inputs)
+            return [_append(cell_caches[0], prior.embedding(codes)), *new_cell_caches], [codes, *reduced]
+
+        cells = [row_inputs, *[_swap_batch(features) for features in from_above]]
+        zeros = [ops.zeros((width, batch_size, layer.kernel.shape[2])) for layer in masked_layers[1:]]
+        outputs = [_zero_codes(width, batch_size), *zeros]
+        _, (codes, *reduced) = _scan(next_cell, _empty_cells(masked_layers, batch_size), cells, outputs)
+        layer_inputs = [prior.embedding(codes), *reduced]  # inputs of each layer along the row, (w, B, C)
+        new_row_caches = [_append(cache, _swap_batch(x)) for cache, x in zip(row_caches, layer_inputs, strict=True)]
+        return new_row_caches, [codes]
+
+    rows = [inputs, prior.position_embedding, _condition_by_row(prior, conditioning)]
+    row_caches = _empty_rows(masked_layers, batch_size, width)
+    _, (codes,) = _scan(next_row, row_caches, rows, [_zero_codes(height, width, batch_size)])
+    return codes
+
+
+def _scan(
+    step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]],
+    state: list[Tensor],
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a step for every index of the first axis of the inputs.
+
+    `keras.ops.scan` does not fit, because it requires outputs of the same structure as the state.
+
+    Args:
+        step: Function of the state and the inputs at one index that returns the new state and the outputs at this
+            index.
+        state: Initial state.
+        inputs: Tensors (n, ...).
+        outputs: Tensors (n, ...) to write the outputs into.
+
+    Returns:
+        The final state and the outputs.
+    """
+
+    def body(i: Tensor, carried: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        state, outputs = carried
+        state, new = step(state, [ops.take(x, i, axis=0) for x in inputs])
+        index = ops.reshape(ops.cast(i, "int32"), (1, 1))
+        return state, [ops.scatter_update(whole, index, x[None]) for whole, x in zip(outputs, new, strict=True)]
+
+    return ops.fori_loop(0, inputs[0].shape[0], body, (state, outputs))
+
+
+def _condition_by_row(prior: PixelCNN, conditioning: Sequence[Tensor]) -> Tensor:
+    """Return the conditioning features of each row, (h, B, w or 1, filters)."""
+    condition = prior.condition(*conditioning)  # (B, h or 1, w or 1, filters)
+    return ops.swapaxes(ops.repeat(condition, prior.grid_size[0] // condition.shape[1], axis=1), 0, 1)
+
+
+def _append(cache: Tensor, newest: Tensor) -> Tensor:
+    """Drop the oldest entry of a cache (B, span, ...) and append the newest (B, ...)."""
+    return ops.concatenate([cache[:, 1:], newest[:, None]], axis=1)
+
+
+def _swap_batch(row: Tensor) -> Tensor:
+    """(B, w, ...) -> (w, B, ...) and back."""
+    return ops.swapaxes(row, 0, 1)
+
+
+def _empty_rows(layers: list[MaskedConv2D], batch_size: Any, width: int) -> list[Tensor]:
+    """Return the row cache of each layer above the grid: zeros, like the padding of its convolution."""
+    return [ops.zeros((batch_size, layer.row_span, width, layer.kernel.shape[2])) for layer in layers]
+
+
+def _empty_cells(layers: list[MaskedConv2D], batch_size: Any) -> list[Tensor]:
+    """Return the cell cache of each layer to the left of the grid: zeros, like the padding of its convolution."""
+    return [ops.zeros((batch_size, layer.cell_span, layer.kernel.shape[2])) for layer in layers]
+
+
+def _zero_codes(*shape: Any) -> Tensor:
+    return ops.zeros(shape, dtype="int32")

@@ -1,0 +1,249 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from skimage.metrics import structural_similarity
+
+import layers
+
+RNG = np.random.default_rng(0)
+
+
+def random_images(count: int, size: int = 32) -> np.ndarray:
+    return RNG.random((count, size, size, 1), np.float32)
+
+
+# ------------------------------------------------------------------------------------------------- SSIM
+
+
+@pytest.mark.parametrize("size", [16, 33, 96])
+def test_ssim_equals_scikit_image(size):
+    x = random_images(3, size)
+    y = np.clip(x + RNG.normal(0, 0.1, x.shape), 0, 1).astype(np.float32)
+    maps, means = ops.convert_to_numpy(layers.ssim_map(x, y)), ops.convert_to_numpy(layers.ssim(x, y))
+    for i in range(3):
+        mean, full = structural_similarity(
+            x[i, ..., 0],
+            y[i, ..., 0],
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1.0,
+            full=True,
+        )
+        np.testing.assert_allclose(maps[i], full, atol=2e-4)
+        np.testing.assert_allclose(means[i], mean, atol=2e-5)
+
+
+def test_ssim_of_one_image_in_a_graph_with_unknown_batch_size():
+    tf = pytest.importorskip("tensorflow")
+    images = tf.TensorSpec((None, 32, 32, 1), tf.float32)
+    compiled = tf.function(layers.ssim, input_signature=[images, images], autograph=False)
+    x, y = (tf.constant(RNG.random((1, 32, 32, 1)), tf.float32) for _ in range(2))
+    np.testing.assert_allclose(compiled(x, y), layers.ssim(x, y), rtol=1e-5)
+
+
+def test_ssim_of_identical_images_is_one():
+    x = random_images(2)
+    np.testing.assert_allclose(layers.ssim_map(x, x), 1, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- codebook
+
+
+def make_quantizer(**settings) -> layers.VectorQuantizer:
+    layer = layers.VectorQuantizer(**{"num_embeddings": 6, "embedding_dim": 3, **settings})
+    layer.build((None, 4, 4, 3))
+    layer.embeddings.assign(RNG.normal(size=(6, 3)))
+    return layer
+
+
+def random_features() -> np.ndarray:
+    return RNG.normal(size=(2, 4, 4, 3)).astype(np.float32)
+
+
+def ema_state(layer) -> list[np.ndarray]:
+    return [ops.convert_to_numpy(v) for v in (layer.embeddings, layer.counts, layer.sums)]
+
+
+def test_each_vector_is_replaced_by_the_nearest_code():
+    layer, features = make_quantizer(), random_features()
+    quantized, indices = layer(features)
+    codebook = ops.convert_to_numpy(layer.embeddings)
+    nearest = np.linalg.norm(features[..., None, :] - codebook, axis=-1).argmin(-1)
+    np.testing.assert_array_equal(indices, nearest)
+    np.testing.assert_allclose(quantized, codebook[nearest], atol=1e-6)
+    np.testing.assert_allclose(layer.lookup(indices), codebook[nearest])
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_gradients_pass_straight_through_the_quantizer(codebook):
+    tf = pytest.importorskip("tensorflow")
+    layer, features = make_quantizer(codebook=codebook), tf.constant(RNG.normal(size=(2, 4, 4, 3)), tf.float32)
+    direction = RNG.normal(size=features.shape).astype(np.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        quantized, _ = layer(features)
+        loss = ops.sum(quantized * direction)
+    np.testing.assert_allclose(tape.gradient(loss, features), direction, rtol=1e-5)
+
+
+def test_commitment_loss_moves_features_towards_their_codes():
+    tf = pytest.importorskip("tensorflow")
+    layer = make_quantizer(codebook="gradient", commitment_weight=0.25)
+    features = tf.constant(RNG.normal(size=(1, 4, 4, 3)), tf.float32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(features)
+        quantized, _ = layer(features)
+        loss = sum(layer.losses)
+    offset = features - quantized  # the loss is a mean over 48 elements, so the gradient of (z − e)² is 2 (z − e) / 48
+    np.testing.assert_allclose(tape.gradient(loss, features), 0.25 * 2 * offset / 48, atol=1e-6)
+    assert np.any(tf.convert_to_tensor(tape.gradient(loss, layer.embeddings.value)))
+    assert not make_quantizer(codebook="ema").trainable_variables
+
+
+def test_moving_averages_follow_the_paper():
+    layer = make_quantizer(decay=0.9, dead_code_threshold=0.0)
+    layer.counts.assign(np.full(6, 5.0))
+    layer.sums.assign(5.0 * ops.convert_to_numpy(layer.embeddings))
+    _, counts, sums = ema_state(layer)
+    features = random_features()
+    indices = ops.convert_to_numpy(layer(features, training=True)[1]).ravel()
+    for k in range(6):
+        assigned = features.reshape(-1, 3)[indices == k]
+        counts[k] = 0.9 * counts[k] + 0.1 * len(assigned)
+        sums[k] = 0.9 * sums[k] + 0.1 * assigned.sum(axis=0)
+    for after, expected in zip(ema_state(layer), (sums / counts[:, None], counts, sums), strict=True):
+        np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_codebook_changes_in_training_only():
+    layer, features = make_quantizer(), random_features()
+    before = ema_state(layer)
+    layer(features, training=False)
+    for old, new in zip(before, ema_state(layer), strict=True):
+        np.testing.assert_array_equal(old, new)
+    layer(features, training=True)
+    assert not np.array_equal(before[0], ema_state(layer)[0])
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_dead_code_is_replaced_together_with_its_count_and_sum(codebook):
+    layer = make_quantizer(codebook=codebook, dead_code_threshold=0.1)
+    # no vector of the batch is close to the last code
+    layer.embeddings.assign(np.concatenate([np.zeros((5, 3)), np.full((1, 3), 1000.0)]))
+    layer.counts.assign(np.concatenate([np.full(5, 5.0), [0.0]]))
+    if codebook == "ema":
+        layer.sums.assign(ops.convert_to_numpy(layer.embeddings) * ops.convert_to_numpy(layer.counts)[:, None])
+    features = random_features()
+    layer(features, training=True)
+    embedding, count = (ops.convert_to_numpy(v)[-1] for v in (layer.embeddings, layer.counts))
+    assert np.isclose(features.reshape(-1, 3), embedding, atol=1e-5).all(axis=1).any()
+    np.testing.assert_allclose(count, 0.1 * 32 / 6, rtol=1e-6)
+    if codebook == "ema":
+        np.testing.assert_allclose(ops.convert_to_numpy(layer.sums)[-1], embedding * count, rtol=1e-5)
+
+
+def test_first_batch_initialises_the_whole_codebook():
+    layer, features = make_quantizer(), random_features()
+    layer(features, training=True)
+    vectors = features.reshape(-1, 3)
+    for code in ops.convert_to_numpy(layer.embeddings):
+        assert np.isclose(vectors, code, atol=1e-4).all(axis=1).any() or ops.max(layer.counts) > 1
+
+
+def test_unused_code_keeps_its_vector_without_replacement():
+    layer = make_quantizer(dead_code_threshold=0.0)
+    layer.embeddings.assign(np.concatenate([np.zeros((5, 3)), np.full((1, 3), 1000.0)]))
+    layer(random_features(), training=True)
+    np.testing.assert_allclose(ops.convert_to_numpy(layer.embeddings)[-1], 1000.0)
+
+
+def test_unknown_codebook_is_refused():
+    with pytest.raises(ValueError, match="codebook is 'none'.*ema.*gradient"):
+        make_quantizer(codebook="none")
+
+
+def test_last_call_reports_losses_and_counts():
+    layer, features = make_quantizer(codebook="gradient", commitment_weight=0.5), random_features()
+    quantized, indices = layer(features)
+    error = np.mean(np.square(features - ops.convert_to_numpy(quantized)))
+    np.testing.assert_allclose(layer.loss_and_metrics(), 1.5 * error, rtol=1e-5)
+    np.testing.assert_allclose(layer.codebook_loss.result(), error, rtol=1e-5)
+    np.testing.assert_allclose(layer.commitment_loss.result(), 0.5 * error, rtol=1e-5)
+    counts = np.bincount(ops.convert_to_numpy(indices).ravel(), minlength=6)
+    np.testing.assert_array_equal(layer.last_call.counts, counts)
+    np.testing.assert_array_equal(layer.usage.counts, counts)
+    assert layer.last_call.batch_size == 2
+
+
+def test_code_usage_accumulates_until_reset():
+    usage = layers.CodeUsage(4)
+    usage.update_state(np.array([3.0, 0, 0, 0]))
+    usage.update_state(np.array([0.0, 3, 0, 0]))
+    result = usage.result()
+    assert float(result["codes_used"]) == 0.5
+    np.testing.assert_allclose(float(result["perplexity"]), 2, rtol=1e-5)
+    usage.reset_state()
+    assert float(usage.result()["codes_used"]) == 0
+
+
+def test_moving_averages_do_not_drift_under_mixed_precision():
+    centres = 4.0 * np.eye(6, 3).astype(np.float32) - np.arange(6)[:, None]
+    policies = ("float32", "mixed_bfloat16")
+    quantizers = {policy: make_quantizer(decay=0.98, dead_code_threshold=0.0) for policy in policies}
+    for policy, layer in quantizers.items():
+        layer.embeddings.assign(centres)
+        random = np.random.default_rng(0)
+        keras.config.set_dtype_policy(policy)
+        try:
+            for _ in range(200):
+                features = centres[random.integers(0, 6, (2, 4, 4))] + 0.1 * random.normal(size=(2, 4, 4, 3))
+                layer(ops.cast(features, keras.config.dtype_policy().compute_dtype), training=True)
+        finally:
+            keras.config.set_dtype_policy("float32")
+    for exact, rounded in zip(*map(ema_state, quantizers.values()), strict=True):
+        np.testing.assert_allclose(rounded, exact, rtol=5e-3, atol=5e-3)
+
+
+# ----------------------------------------------------------------------------------------- convolutions
+
+
+def test_new_residual_block_is_the_identity():
+    features = RNG.normal(size=(1, 4, 4, 8)).astype(np.float32)
+    np.testing.assert_array_equal(layers.ResidualBlock(8)(features), features)
+
+
+def test_even_kernel_is_refused():
+    with pytest.raises(ValueError, match="kernel_size is 4: must be odd"):
+        layers.MaskedConv2D(8, 4, "A")
+
+
+def test_unknown_mask_is_refused():
+    with pytest.raises(ValueError, match="mask is 'C'"):
+        layers.MaskedConv2D(8, 3, "C")
+
+
+@pytest.mark.parametrize(
+    ("mask", "offsets"),
+    [
+        ("A", {(-1, -1), (-1, 0), (-1, 1), (0, -1)}),
+        ("B", {(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 0)}),
+        ("vertical A", {(-1, -1), (-1, 0), (-1, 1)}),
+        ("vertical B", {(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 0), (0, 1)}),
+        ("horizontal A", {(0, -1)}),
+        ("horizontal B", {(0, -1), (0, 0)}),
+    ],
+)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_masked_convolution_reads_the_taps_of_its_mask(mask, offsets, dilation):
+    layer = layers.MaskedConv2D(1, 3, mask, dilation)
+    layer.build((None, 9, 9, 1))
+    layer.kernel.assign(RNG.random(layer.kernel.shape) + 1)
+    impulse = np.zeros((1, 9, 9, 1), np.float32)
+    impulse[0, 4, 4, 0] = 1
+    rows, columns = np.nonzero(ops.convert_to_numpy(layer(impulse))[0, :, :, 0])
+    # a cell reads the impulse through the tap (4 − row, 4 − column)
+    assert set(zip((4 - rows).tolist(), (4 - columns).tolist(), strict=True)) == {
+        (dilation * row, dilation * column) for row, column in offsets
+    }
