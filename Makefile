@@ -15,20 +15,21 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/sampling.py
-	$(BIN)/python benchmarks/slices.py
-	$(BIN)/python benchmarks/kill.py
-	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/blocks.py
-	$(BIN)/python benchmarks/rate.py
+	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.slices
+	$(BIN)/python -m benchmarks.kill
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.blocks
+	$(BIN)/python -m benchmarks.rate
 
 clean:
 	rm -rf .venv

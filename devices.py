@@ -1,9 +1,10 @@
-"""Where training runs: on one device, on several of a machine, or in several processes, on as many machines.
+"""Devices and processes: where training runs.
 
-The engines are Keras' own. On TensorFlow `tf.distribute.MirroredStrategy` shares each batch between the devices of a
-machine; on JAX `keras.distribution.DataParallel` does, between those of all processes that
-`keras.distribution.initialize` has brought together. Every process reads the data, trains its part of each batch and
-holds all weights; the first one alone writes files, and draws and measures when training is over.
+A network is trained on one device, on several devices of one machine, or in several processes on one or more
+machines. Keras does the work: `tf.distribute.MirroredStrategy` on TensorFlow splits each batch over the devices of a
+machine, and `keras.distribution.DataParallel` on JAX splits it over the devices of all processes that
+`keras.distribution.initialize` has connected. Every process holds all weights, reads all data and trains on its shard
+of each batch. Only the main process, the one with index 0, writes files, samples and evaluates.
 """
 
 import atexit
@@ -15,128 +16,153 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any, NoReturn, TypeVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-CLUSTER = "cluster"  # a coordinator that the environment knows
-WAIT = 300  # seconds that the processes of a run wait for each other at its start
+import console
 
-_together = False  # whether other processes may wait for this one
+CLUSTER = "cluster"  # as the coordinator: take its address from the environment
+WAIT_SECONDS = 300  # how long the processes of a run wait for each other at the start
+
+T = TypeVar("T")
+
+_connected = False  # whether this process is connected to others
 
 
-class ProcessError(Exception):
-    """The processes of a run cannot work together. The message is one line that says what to do."""
+class ProcessError(console.UserError):
+    """The processes of a run cannot work together."""
 
 
 def on_jax() -> bool:
-    """Whether Keras' backend is JAX; otherwise it is TensorFlow."""
+    """Return whether the backend of Keras is JAX. Otherwise it is TensorFlow."""
     return keras.backend.backend() == "jax"
 
 
 if on_jax():
-    tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds and measures there; the memory is JAX's
+    # TensorFlow only runs the input pipeline and the metrics there and must not take the GPU's memory from JAX.
+    tf.config.set_visible_devices([], "GPU")
 
 
-def names() -> list[str]:
-    """The GPUs or TPUs of this process, or its CPUs where there are none, as in "gpu:0"."""
+def device_names() -> list[str]:
+    """Return the names of this process's GPUs or TPUs, or of its CPUs if it has neither, such as "gpu:0"."""
     if on_jax():
         import jax
 
-        return [_name(device) for device in jax.local_devices()]
+        return [_jax_name(device) for device in jax.local_devices()]
     return [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
 
 
-def _name(device) -> str:
+def _jax_name(device: Any) -> str:
     return f"{device.platform}:{device.id}"
 
 
-def are_cpus() -> bool:
-    """Whether `names` are CPUs."""
-    return all("CPU" in name.upper() for name in names())
+def uses_cpus() -> bool:
+    """Return whether `device_names` are CPUs."""
+    return all("CPU" in name.upper() for name in device_names())
 
 
-def count(devices: int) -> int:
-    """How many devices share a batch, with so many in each process."""
-    return devices * processes()[1]
+def total_devices(devices: int) -> int:
+    """Return the number of devices that share a batch.
+
+    Args:
+        devices: Number of devices used in each process.
+    """
+    return devices * process_index_and_count()[1]
 
 
-def described(devices: int) -> str:
-    """A line on where training takes place, and what does not hold there."""
-    backend, kind, several = "JAX" if on_jax() else "TensorFlow", "CPU" if are_cpus() else "GPU or TPU", processes()[1]
-    line = f"{backend}, {devices} {kind}{f' in each of {several} processes' if several > 1 else ''}"
-    return line if are_cpus() else f"{line}: a run that is stopped goes on here, but not to the same bytes"
+def describe(devices: int) -> str:
+    """Return one line that says where training runs, and whether resuming it is exact there.
+
+    Args:
+        devices: Number of devices used in each process.
+    """
+    backend, kind = "JAX" if on_jax() else "TensorFlow", "CPU" if uses_cpus() else "GPU or TPU"
+    count = process_index_and_count()[1]
+    line = f"{backend}, {devices} {kind}{f' in each of {count} processes' if count > 1 else ''}"
+    return line if uses_cpus() else f"{line}: a stopped run can be resumed, but the result is not bitwise identical"
 
 
 # ---------------------------------------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None, num_processes: int = 1, process_index: int = 0) -> Iterator[None]:
-    """Within it this process is one of several that train together; all but the first are silent. On JAX alone.
+def join_processes(coordinator: str | None, num_processes: int = 1, process_index: int = 0) -> Iterator[None]:
+    """Context manager that joins this process to a multi-process run (JAX only) and silences every process but the
+    first.
 
     Args:
-        coordinator: HOST:PORT that the first process listens at and all others reach it by; CLUSTER to take that and
-            the two numbers from the environment (SLURM, Open MPI, Kubernetes, TPU pods); None: there is one process.
-        num_processes: how many there are.
-        process_index: which one this is, from 0.
+        coordinator: HOST:PORT at which the first process listens and the others reach it; CLUSTER to take the
+            coordinator and both numbers from the environment (Slurm, Open MPI, Kubernetes, TPU pods); None for a
+            run of one process, for which nothing is done.
+        num_processes: Number of processes of the run.
+        process_index: Index of this process, from 0.
 
     Raises:
-        ProcessError: there is no such cluster, the others do not come, or one of them has ended before its time.
+        ProcessError: If the environment describes no cluster, if the other processes do not connect, or if one of
+            them ends during the run.
     """
     if coordinator is None:
         yield
         return
     import jax
 
-    global _together
-    known = (None, None, None) if coordinator == CLUSTER else (coordinator, num_processes, process_index)
-    if coordinator != CLUSTER:
+    global _connected
+    in_cluster = coordinator == CLUSTER
+    if not in_cluster:
         print(
-            f"process {process_index} of {num_processes}: waiting for the others, {WAIT // 60} minutes at most",
+            f"process {process_index} of {num_processes}: waiting up to {WAIT_SECONDS // 60} minutes for the others",
             flush=True,
         )
         if process_index:
-            _reach(coordinator)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+            _wait_for_coordinator(coordinator)
+    saved_sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
-        keras.distribution.initialize(*known)
-        signal.signal(signal.SIGTERM, on_sigterm)  # which JAX has taken for itself
+        keras.distribution.initialize(
+            *((None, None, None) if in_cluster else (coordinator, num_processes, process_index))
+        )
+        signal.signal(signal.SIGTERM, saved_sigterm_handler)  # JAX has installed its own
     except (ValueError, RuntimeError) as error:
-        what = "the environment tells of none" if coordinator == CLUSTER else "the processes did not come together"
+        problem = "the environment describes no cluster" if in_cluster else "the processes could not connect"
         raise ProcessError(
-            f"coordinator is {coordinator}: {what} ({_first_line(error)}); start every process by srun, or give all of "
-            "them the first one's HOST:PORT, and each its process_index"
+            f"coordinator is {coordinator}: {problem} ({_first_line(error)}); start every process with srun, or give "
+            "each one the HOST:PORT of the first process and its own process_index"
         ) from error
-    _together = True
+    _connected = True
     try:
-        with contextlib.nullcontext() if is_first() else _silence():
+        with contextlib.nullcontext() if is_main_process() else _silence():
             yield
     except BaseException as error:
-        if not _together:
+        if not _connected:
             raise
-        atexit.register(os._exit, 1)  # the usual end would wait for the others, who may wait for this one
+        # A normal exit would wait for the other processes, which may be waiting for this one.
+        atexit.register(os._exit, 1)
         if isinstance(error, jax.errors.JaxRuntimeError) or isinstance(error, ValueError) and "Gloo" in str(error):
             raise ProcessError(
-                f"another process of this run seems to have ended ({_first_line(error)}); see what it said. The same "
-                "commands go on after the last finished epoch"
+                f"another process of this run seems to have ended ({_first_line(error)}); see its output. Start all "
+                "processes again with the same commands to continue after the last finished epoch"
             ) from error
         raise
 
 
-def _reach(coordinator: str) -> None:
-    """Wait until the first process listens; JAX itself would end without a word to the user. Raises ProcessError."""
+def _wait_for_coordinator(coordinator: str) -> None:
+    """Wait until the first process listens, since JAX itself would end the process without a usable message.
+
+    Raises:
+        ProcessError: If the host name is unknown, or if nothing listens within WAIT_SECONDS.
+    """
     host, _, port = coordinator.rpartition(":")
-    until = time.monotonic() + WAIT
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() > until or isinstance(error, socket.gaierror):
+            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
                 raise ProcessError(
-                    f"coordinator is {coordinator}: nobody answers there ({error}); start the first process on that "
+                    f"coordinator is {coordinator}: nothing listens there ({error}); start the first process on that "
                     "machine, with process_index 0"
                 ) from error
         time.sleep(0.2)
@@ -152,27 +178,27 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def end(status: int) -> None:
-    """End the process; one of several that has failed does so at once, see `joined`."""
-    if status and _together:
+def exit_process(status: int) -> NoReturn:
+    """End this process with an exit status; immediately if it failed while connected to other processes."""
+    if status and _connected:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
-def leave() -> None:
-    """Part from the other processes; to be called in all of them. The first one can go on computing by itself."""
-    global _together
-    if _together:
+def shutdown() -> None:
+    """Disconnect from the other processes, after which each one computes alone. All processes must call this."""
+    global _connected
+    if _connected:
         import jax
 
         jax.distributed.shutdown()
-        _together = False
+        _connected = False
 
 
-def processes() -> tuple[int, int]:
-    """Which process this is, from 0, and how many there are."""
+def process_index_and_count() -> tuple[int, int]:
+    """Return the index of this process, from 0, and the number of processes."""
     if on_jax():
         import jax
 
@@ -180,44 +206,52 @@ def processes() -> tuple[int, int]:
     return 0, 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes files; with one process it is."""
-    return processes()[0] == 0
+def is_main_process() -> bool:
+    """Return whether this is the process that writes files. A single process is."""
+    return process_index_and_count()[0] == 0
 
 
-def from_first(value):
-    """What the first process has for a value (pickled), in every process; to be called in all of them."""
-    if processes()[1] == 1:
+def broadcast_from_main(value: T) -> T:
+    """Return the main process's value in every process. All processes must call this.
+
+    Args:
+        value: Any value that can be pickled. Values of other processes than the main one are ignored.
+    """
+    if process_index_and_count()[1] == 1:
         return value
     from jax.experimental import multihost_utils
 
-    content = pickle.dumps(value) if is_first() else b""
+    content = pickle.dumps(value) if is_main_process() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    sent = np.frombuffer(content.ljust(size, b"\0")[:size], np.uint8)
-    return pickle.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    padded = np.frombuffer(content.ljust(size, b"\0")[:size], np.uint8)
+    return pickle.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
 # ----------------------------------------------------------------------------------------------- training
 
 
 @contextlib.contextmanager
-def spread(devices: int) -> Iterator[None]:
-    """Networks made inside are trained on so many devices of each process, each with its share of a batch.
+def distribution_scope(devices: int) -> Iterator[None]:
+    """Context manager in which networks are made that are trained on several devices of each process.
 
-    A process' batches hold its own share only: see `processes`.
+    Each batch is split over all devices. The input pipeline of a process must yield only its own shard of each
+    batch, see `process_index_and_count`. With one device in one process this does nothing.
+
+    Args:
+        devices: Number of devices used in each process.
     """
-    if count(devices) == 1:
+    if total_devices(devices) == 1:
         yield
         return
     if on_jax():
         import jax
 
         by_process = [jax.local_devices(process_index)[:devices] for process_index in range(jax.process_count())]
-        chosen = [_name(device) for own in by_process for device in own]
-        distribution = keras.distribution.DataParallel(devices=chosen, auto_shard_dataset=False)
+        names = [_jax_name(device) for local_devices in by_process for device in local_devices]
+        distribution = keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
     else:
         # TensorFlow's default, collective operations, mixes up the sparse gradients of embeddings with dense ones.
-        reduction = tf.distribute.ReductionToOneDevice() if are_cpus() else tf.distribute.NcclAllReduce()
-        distribution = tf.distribute.MirroredStrategy(names()[:devices], reduction)
+        reduction = tf.distribute.ReductionToOneDevice() if uses_cpus() else tf.distribute.NcclAllReduce()
+        distribution = tf.distribute.MirroredStrategy(device_names()[:devices], reduction)
     with distribution.scope():
         yield

@@ -1,0 +1,349 @@
+"""Presets, the command line, and checks of the configuration.
+
+This is the only module besides driver.py that knows the configuration as a whole. It is handed the class `Config`
+or an instance of it, and never imports driver.py.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import tyro
+
+import console
+import dataset
+import devices
+import model
+
+Config = TypeVar("Config")
+
+RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
+SAMPLING_FIELDS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")  # May change in a finished run.
+
+
+class ConfigError(console.UserError):
+    """A constant or option that cannot work."""
+
+
+# ------------------------------------------------------------------------------------------------- presets
+
+# Shared by the presets that follow earlier systems.
+_EARLIER_WORK = {
+    "codebook": "gradient",
+    "dead_code_threshold": 0.0,
+    "bottom_dropout": 0.0,
+    "augment": False,
+    "l1_weight": 0.0,
+    "ssim_weight": 0.0,
+}
+
+# Name, description, and the constants that differ from driver.py's.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
+    "oasis128": (
+        "128 x 128, two levels of 16 x 16 and 32 x 32 codes",
+        {"image_size": 128, "grids": (16, 32), "channels": 32, "vqvae_epochs": 25, "prior_epochs": 8},
+    ),
+    "oasis256": (
+        "256 x 256, two levels of 32 x 32 and 64 x 64 codes",
+        {
+            "image_size": 256,
+            "grids": (32, 64),
+            "channels": 32,
+            "bottom_dropout": 0.15,
+            "batch_size": 4,
+            "vqvae_epochs": 8,
+            "prior_epochs": 3,
+        },
+    ),
+    "synthetic": (
+        "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",
+        {
+            "image_size": 64,
+            "grids": (8,),
+            "channels": 16,
+            "residual_blocks": 1,
+            "num_embeddings": 128,
+            "embedding_dim": 16,
+            "vqvae_epochs": 12,
+            "prior_filters": 64,
+            "prior_blocks": 4,
+            "prior_epochs": 12,
+        },
+    ),
+    "student96": (
+        "earlier work: 96 x 96, 12 x 12 of 128 codes of 16 dimensions, no residual blocks, MSE, plain prior",
+        {
+            "channels": 32,
+            "residual_blocks": 0,
+            "num_embeddings": 128,
+            "embedding_dim": 16,
+            "prior": "plain",
+            **_EARLIER_WORK,
+        },
+    ),
+    "student256": (
+        "earlier work: 256 x 256, 64 x 64 of 128 codes of 32 dimensions, plain prior",
+        {
+            "image_size": 256,
+            "grids": (64,),
+            "channels": 32,
+            "residual_blocks": 0,
+            "num_embeddings": 128,
+            "embedding_dim": 32,
+            "prior": "plain",
+            **_EARLIER_WORK,
+        },
+    ),
+    "residual256": (
+        "earlier work: 256 x 256, residual blocks, 64 x 64 of 512 codes of 256 dimensions",
+        {"image_size": 256, "grids": (64,), "embedding_dim": 256, **_EARLIER_WORK},
+    ),
+    "hierarchical256": (
+        "earlier work: 256 x 256, two levels of 32 x 32 and 64 x 64 of 128 codes",
+        {"image_size": 256, "grids": (32, 64), "num_embeddings": 128, **_EARLIER_WORK},
+    ),
+    "ssim256": (
+        "earlier work: 256 x 256, three downsampling steps, residual blocks, SSIM loss, gated prior",
+        {"image_size": 256, "grids": (32,), **_EARLIER_WORK, "mse_weight": 0.0, "ssim_weight": 1.0},
+    ),
+}
+
+
+def preset(config_class: type[Config], name: str) -> Config:
+    """The configuration of a preset."""
+    return config_class(name=name, **PRESETS[name][1])
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+def parse(config_class: type[Config], arguments: Sequence[str], description: str) -> Config:
+    """The configuration that a command line asks for.
+
+    Without `--preset`, it is that of driver.py if there is a `data_dir`, otherwise the preset "synthetic".
+
+    Args:
+        config_class: The dataclass of the configuration.
+        arguments: The command line without the program's name.
+        description: First part of the help.
+
+    Raises:
+        ConfigError: An option does not exist.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS)
+    chosen, rest = parser.parse_known_args(arguments)
+    table = "\n".join(f"  --preset {name}: {about}" for name, (about, _) in PRESETS.items())
+    about = f"{description}\nPresets; all other options change what they set:\n{table}"
+
+    def configured(name: str) -> Config:
+        config, unknown = tyro.cli(
+            config_class,
+            default=preset(config_class, name),
+            args=rest,
+            description=about,
+            return_unknown_args=True,
+        )
+        if unknown:
+            raise ConfigError(_unknown_option(config_class, unknown[0]))
+        return config
+
+    if chosen.preset:
+        return configured(chosen.preset)
+    config = configured("oasis96")
+    return config if config.data_dir else configured("synthetic")
+
+
+def _unknown_option(config_class: type, option: str) -> str:
+    options = ["--preset", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_class))]
+    similar = difflib.get_close_matches(option, options, 1)
+    return f"{option}: no such option; {f'did you mean {similar[0]}?' if similar else 'see python driver.py --help'}"
+
+
+def coerce(config: Any) -> None:
+    """Accept text for paths, and lists for tuples, in a configuration that is being created."""
+    for name, given, wanted in (
+        ("data_dir", str, Path),
+        ("run_dir", str, Path),
+        ("grids", list, tuple),
+        ("sample_positions", list, tuple),
+    ):
+        if isinstance(getattr(config, name), given):
+            object.__setattr__(config, name, wanted(getattr(config, name)))
+
+
+def run_folder(config: Any) -> Path:
+    """`run_dir`, or runs/ and the run's name, followed by "-synthetic" if the slices are."""
+    if config.run_dir:
+        return config.run_dir
+    suffix = "" if config.data_dir or "synthetic" in config.name else "-synthetic"
+    return Path("runs") / f"{config.name}{suffix}"
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The configuration as it is saved in config.json: everything that determines the results of a run."""
+    constants = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUNTIME_FIELDS}
+    constants["data_dir"] = str(config.data_dir.resolve()) if config.data_dir else None
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in constants.items()}
+
+
+def from_json(config_class: type[Config], constants: dict[str, Any]) -> Config:
+    """The configuration that `to_json` has made JSON of; runtime fields have their default values."""
+    return config_class(**constants)
+
+
+# -------------------------------------------------------------------------------------------------- checks
+
+
+def check(config: Any) -> None:
+    """Refuse a configuration that cannot work, before anything is loaded or written.
+
+    Raises:
+        ConfigError: Names the first such constant, its value, and what it must be.
+    """
+
+    def require(name: str, holds: Callable[[Any], bool], requirement: str) -> None:
+        value = getattr(config, name)
+        if not holds(value):
+            raise ConfigError(f"{name} is {value}: must be {requirement}")
+
+    for name, kind in typing.get_type_hints(type(config)).items():
+        require(name, lambda v, kind=kind: _has_type(v, kind), _describe_type(kind))
+    positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
+    positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
+    positive += ("prior_patience", "num_samples", "devices", "num_processes")
+    for name in positive:
+        require(name, lambda v: v >= 1, "at least 1")
+    for name in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
+        require(name, lambda v: 0 < v < float("inf"), "a positive number")
+    for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
+        require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
+    for name in ("seed", "residual_blocks", "top_k", "process_index"):
+        require(name, lambda v: v >= 0, "0 or more")
+    require("seed", lambda v: v < 2**32, "below 4294967296")
+    for name in ("ema_decay", "dead_code_threshold", "bottom_dropout", "prior_dropout"):
+        require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
+    require("num_embeddings", lambda v: v >= 2, "at least 2")
+    require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
+    require("image_size", lambda v: v >= 16, "at least 16 (the SSIM window is 11 pixels wide)")
+    require("image_size", lambda v: v <= dataset.MAX_SIDE, f"at most {dataset.MAX_SIDE}")
+    require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd and at least 3")
+    if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
+        raise ConfigError("mse_weight, l1_weight and ssim_weight are 0: at least one of them must be positive")
+    if config.sample_positions and not config.prior_uses_position:
+        raise ConfigError("sample_positions is set: also set prior_uses_position, or the prior ignores it")
+    _check_processes(config, require)
+    _check_grids(config)
+
+
+def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool], str], None]) -> None:
+    require("coordinator", _is_coordinator, f'HOST:PORT of the first process, "{devices.CLUSTER}" or None')
+    if config.coordinator and not devices.on_jax():
+        raise ConfigError(f"coordinator is {config.coordinator}: several processes need JAX; set KERAS_BACKEND=jax")
+    if config.num_processes > 1 and not config.coordinator:
+        raise ConfigError(
+            f"num_processes is {config.num_processes}: also set coordinator, HOST:PORT of the first process"
+        )
+    require("process_index", lambda v: v < config.num_processes, f"below num_processes, {config.num_processes}")
+
+
+def _check_grids(config: Any) -> None:
+    try:
+        model.check_grids(config.image_size, config.grids)
+    except ValueError as error:
+        raise ConfigError(f"grids: {error}") from error
+    for grid in config.grids:
+        try:
+            model.block_dilations(grid, model.PixelCNN.FIRST_KERNEL, config.prior_kernel_size, config.prior_blocks)
+        except ValueError as error:
+            raise ConfigError(f"prior_blocks is {config.prior_blocks}: {error}") from error
+
+
+def _is_coordinator(value: str | None) -> bool:
+    host, _, port = (value or "").rpartition(":")
+    return value in (None, devices.CLUSTER) or bool(host) and port.isdecimal() and 0 < int(port) < 65536
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a constant has the type that its annotation states."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_has_type(value, one) for one in arguments)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _describe_type(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    return names.get(kind, "whole numbers in brackets, as in (32, 64)" if "tuple" in str(kind) else "a path or None")
+
+
+def check_devices(config: Any) -> None:
+    """Refuse devices that do not exist or cannot share a batch. Raises ConfigError."""
+    available, total = len(devices.device_names()), devices.total_devices(config.devices)
+    if config.devices > available:
+        raise ConfigError(f"devices is {config.devices}: this process has {available}; choose at most that many")
+    if config.batch_size % total:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}: must be a multiple of the {total} devices that share each batch"
+        )
+
+
+def check_slices(config: Any, slices: dict[str, dataset.Slices]) -> None:
+    """Refuse a configuration that does not fit the slices, or warn of it.
+
+    Raises:
+        ConfigError: A slice position in `sample_positions` does not occur in the training data, or the devices cannot
+            share the slices evenly.
+    """
+    known, count, total = (
+        np.unique(slices["train"].positions),
+        len(slices["train"]),
+        devices.total_devices(config.devices),
+    )
+    unknown = sorted(set(config.sample_positions) - set(known.tolist()))
+    if unknown:
+        raise ConfigError(f"sample_positions has {unknown[0]}: choose from {known.min()} to {known.max()}")
+    shared = {"validation": len(slices["validate"])} | ({"training": count} if count < config.batch_size else {})
+    for split, number in shared.items():
+        if number % total:
+            raise ConfigError(
+                f"devices is {config.devices}: {total} in all cannot share {number} {split} slices evenly; choose "
+                "another number"
+            )
+    if count < config.batch_size:
+        console.warn(
+            f"{count} training slices are fewer than batch_size {config.batch_size}: each step uses all of them"
+        )
+
+
+def check_same_in_all_processes(config: Any, fingerprint: str) -> None:
+    """Refuse constants or slices that differ from the main process's.
+
+    Raises:
+        ConfigError: A constant differs.
+        dataset.DataError: The slices differ.
+    """
+    own = to_json(config) | {"data_dir": None, "devices": config.devices}  # Folders may have different names.
+    main, main_fingerprint = devices.broadcast_from_main((own, fingerprint))
+    for name, value in own.items():
+        if value != main[name]:
+            raise ConfigError(f"{name} is {value}: the main process has {main[name]}; use the same in all processes")
+    if fingerprint != main_fingerprint:
+        raise dataset.DataError(
+            f"data_dir is {config.data_dir}: contains other slices than the main process's; use the same in all "
+            "processes"
+        )

@@ -1,0 +1,175 @@
+"""The trained networks as one object, on TensorFlow and on JAX."""
+
+import json
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import generator
+import model
+import training
+from generator import Generator
+from run import Run, RunError
+from tests import test_devices
+
+POSITIONS = np.arange(3, dtype=np.int32)
+
+
+def with_random_weights(network: keras.Model) -> keras.Model:
+    """Set weights that are all in use; some layers start from zero."""
+    random = np.random.default_rng(0)
+    network.set_weights([w + 0.1 * random.normal(size=w.shape).astype(w.dtype) for w in network.get_weights()])
+    return network
+
+
+def make(grids: tuple[int, ...]) -> Generator:
+    vqvae = model.VQVAE(32, grids, channels=8, num_embeddings=16, embedding_dim=4)
+    priors = [
+        model.PixelCNN(16, (grid, grid), filters=8, num_blocks=3, coarse_grid_size=coarse)
+        for grid, coarse in zip(grids, [None, *[(grid, grid) for grid in grids]], strict=False)
+    ]
+    return Generator(with_random_weights(vqvae), [with_random_weights(prior) for prior in priors], [0, 1, 2], 2)
+
+
+@pytest.fixture(scope="module", params=[(4,), (4, 8)], ids=["one level", "two levels"])
+def made(request) -> Generator:
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (3, 32, 32, 1)).astype(np.uint8)
+
+
+def test_images_become_codes_and_codes_become_images(made, images):
+    codes, grids = made.encode(images), made.vqvae.grids
+    assert [(level.shape, level.dtype) for level in codes] == [((3, grid, grid), np.int32) for grid in grids]
+    reconstructions = made.reconstruct(images)
+    assert np.array_equal(reconstructions, made.decode(codes))
+    assert reconstructions.shape == (3, 32, 32, 1)
+    assert reconstructions.dtype == np.float32
+    assert 0 <= reconstructions.min() <= reconstructions.max() <= 1
+
+
+def test_images_may_be_floats_or_lack_the_channel(made, images):
+    for same in (images / np.float32(255), images[..., 0]):
+        assert all(np.array_equal(a, b) for a, b in zip(made.encode(same), made.encode(images), strict=True))
+
+
+def test_images_of_another_size_are_refused(made):
+    with pytest.raises(ValueError, match=r"must be \(N, 32, 32, 1\)"):
+        made.encode(np.zeros((1, 16, 16, 1), np.uint8))
+
+
+def test_samples_are_determined_by_the_seed(made):
+    images = made.sample([0, 1, 2], seed=1)
+    assert images.shape == (3, 32, 32, 1)
+    assert np.array_equal(images, made.sample([0, 1, 2], seed=1))
+    assert not np.array_equal(made.sample_codes([0, 1, 2], seed=1)[0], made.sample_codes([0, 1, 2], seed=2)[0])
+
+
+def test_likely_codes_at_a_low_temperature(made):
+    likely, varied = (made.sample_codes([1] * 8, temperature=temperature) for temperature in (0.1, 10))
+    nats = [sum(level.mean() for level in made.nats_per_code(codes, [1] * 8)) for codes in (likely, varied)]
+    assert nats[0] < nats[1]
+
+
+def test_the_cross_entropy_is_that_of_the_whole_grid(made, images):
+    codes = made.encode(images)
+    for level, nats in enumerate(made.nats_per_code(codes, POSITIONS)):
+        conditioning = (POSITIONS, codes[level - 1]) if level else (POSITIONS,)
+        logits = keras.ops.convert_to_numpy(made.priors[level]((codes[level], *conditioning)))
+        log_probabilities = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        chosen = np.take_along_axis(log_probabilities, codes[level][..., None], axis=-1)
+        np.testing.assert_allclose(nats, -chosen.mean(axis=(1, 2, 3)), rtol=1e-4)
+
+
+def test_bits_add_up_over_levels_and_average_over_unknown_positions(made, images):
+    codes = made.encode(images)
+    expected = sum(
+        codes[level][0].size * nats / math.log(2) for level, nats in enumerate(made.nats_per_code(codes, POSITIONS))
+    )
+    np.testing.assert_allclose(made.bits(images, POSITIONS), expected, rtol=1e-5)
+    each = np.stack([made.bits(images, [position] * 3) for position in (0, 1, 2)])
+    np.testing.assert_allclose(made.bits(images), -np.log2(np.mean(2.0**-each, axis=0)), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+def save(folder: Path, made: Generator) -> None:
+    names = ["vqvae", *model.prior_names(len(made.vqvae.grids))]
+    for name, network in zip(names, [made.vqvae, *made.priors], strict=True):
+        training.save_model(network, folder / f"{name}.keras")
+
+
+def test_a_finished_run_is_loaded(made, images, tmp_path):
+    with Run(tmp_path, {"data_dir": None}, {"project": "1.0.0"}).start("data", slice_positions=[0, 1, 2]):
+        save(tmp_path, made)
+    loaded = Generator.load(str(tmp_path))
+    assert loaded.positions.tolist() == [0, 1, 2]
+    assert loaded.level_names == made.level_names
+    np.testing.assert_allclose(loaded.reconstruct(images), made.reconstruct(images), atol=1e-5)
+    np.testing.assert_allclose(loaded.bits(images), made.bits(images), rtol=1e-4)
+
+
+def test_folders_without_a_finished_run_are_named(made, tmp_path):
+    with pytest.raises(RunError, match=f"{tmp_path / 'nothing'}: contains no run"):
+        Generator.load(tmp_path / "nothing")
+    with Run(tmp_path, {"data_dir": None}, {"project": "1.0.0"}).start("data", slice_positions=[0, 1, 2]):
+        training.save_model(made.vqvae, tmp_path / "vqvae.keras")
+    with pytest.raises(RunError, match=r"prior\.keras: no such file; finish the run first"):
+        Generator.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["versions"]["project"] = "0.4.0"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"a run of version 0\.4\.0"):
+        Generator.load(tmp_path)
+
+
+def test_samples_are_saved_and_loaded(made, tmp_path):
+    codes = made.sample_codes([0, 2])
+    samples = generator.Samples(made.decode(codes), codes, np.array([0, 2], np.int32))
+    samples.save(tmp_path / "samples")
+    names = {path.name for path in (tmp_path / "samples").glob("*.png")}
+    assert names == {"sample_000_slice_0.png", "sample_001_slice_2.png"}
+    run = Run(tmp_path / "run", {"data_dir": None}, {"project": "1.0.0"})
+    run.folder = tmp_path
+    loaded = generator.load_samples(run, "codes", made, samples.positions)
+    assert np.array_equal(loaded.images, samples.images)
+    assert len(loaded) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- JAX
+
+
+def answers(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the saved networks compute, with the backend of this process."""
+    names = ("vqvae", "top_prior", "bottom_prior")
+    vqvae, *priors = (keras.saving.load_model(folder / f"{name}.keras") for name in names)
+    loaded = Generator(vqvae, priors, POSITIONS)
+    codes, sampled = loaded.encode(images), loaded.sample_codes(POSITIONS)
+    logits = [priors[0]((codes[0], POSITIONS)), priors[1]((codes[1], POSITIONS, codes[0]))]
+    arrays = {"reconstructions": loaded.reconstruct(images), "samples": loaded.sample(POSITIONS)}
+    arrays |= {"top codes": codes[0], "bottom codes": codes[1], "sampled top": sampled[0], "sampled bottom": sampled[1]}
+    arrays |= {"top logits": logits[0], "bottom logits": logits[1], "bits": loaded.bits(images) / 100}
+    return {name: keras.ops.convert_to_numpy(array) for name, array in arrays.items()}
+
+
+def test_networks_saved_on_tensorflow_compute_the_same_on_jax(tmp_path, images):
+    pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
+    save(tmp_path, make((4, 8)))
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from tests import test_generator;"
+        "folder = Path(sys.argv[1]);"
+        "np.savez(folder / 'jax.npz', **test_generator.answers(folder, np.load(folder / 'images.npy')))"
+    )
+    test_devices.printed(test_devices.start(code, tmp_path, **test_devices.ON_JAX))
+    on_tensorflow = answers(tmp_path, images)
+    with np.load(tmp_path / "jax.npz") as on_jax:
+        for name, expected in on_tensorflow.items():
+            np.testing.assert_allclose(on_jax[name], expected, atol=1e-4, err_msg=name)

@@ -1,0 +1,421 @@
+"""How one network is trained: stages, the optimizer, and callbacks that survive a kill.
+
+After each epoch `ResumableEarlyStopping` saves everything that training needs to continue: weights, codebook,
+optimizer, the best weights so far and the counters of early stopping. Everything else is a function of (seed, epoch)
+and needs no saving. A run that was killed and continued is therefore bitwise identical to an uninterrupted one.
+"""
+
+import contextlib
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import console
+import devices
+from run import Run, RunError, atomic_path, remove
+
+MAX_CHECKPOINTS = 2  # Kept per stage. The older one is used if the newer one is damaged.
+Logs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one network is trained.
+
+    Attributes:
+        name: Name of the network; its file is NAME.keras, its rows in history.csv have this stage.
+        make: Creates the untrained network.
+        batches: Returns endless training batches that start at a given epoch, this process's shard of each.
+        validation: This process's shard of the validation batches.
+        steps: Number of training batches per epoch.
+        monitor: Name of the validation metric that decides which epoch is best; lower is better.
+        epochs: Maximum number of epochs.
+        patience: Number of epochs without improvement after which training stops.
+        learning_rate: Peak of the learning rate.
+        shown: Names of the metrics in the line that is printed per epoch.
+        learning_rate_option: Name of the constant that sets the learning rate, for messages.
+    """
+
+    name: str
+    make: Callable[[], keras.Model]
+    batches: Callable[[int], tf.data.Dataset]
+    validation: tf.data.Dataset
+    steps: int
+    monitor: str
+    epochs: int
+    patience: int
+    learning_rate: float
+    shown: Sequence[str] = ("loss",)
+    learning_rate_option: str = "learning_rate"
+
+
+def train(stage: Stage, run: Run | None, seed: int, precision: str = "float32", num_devices: int = 1) -> keras.Model:
+    """Train a stage's network, or continue to, and save the best one on validation; load it if that is done already.
+
+    Args:
+        stage: What to train.
+        run: Where to save; None in a process that does not write files.
+        seed: Together with the epoch, it determines dropout and restarts of codes.
+        precision: Keras dtype policy of training. The network that is returned and saved uses float32.
+        num_devices: Number of devices of this process that share each batch.
+
+    Returns:
+        The network with the weights of its best epoch.
+
+    Raises:
+        RunError: A file of the run folder cannot be read or written, or the loss is not finite.
+    """
+    network, path = stage.make(), run.folder / f"{stage.name}.keras" if run else None
+    if devices.broadcast_from_main(path is not None and path.exists()):
+        if run and path:
+            load_weights(network, path)
+            run.require_history(stage.name)
+        network.set_weights(devices.broadcast_from_main(network.get_weights()))
+        return network
+    with devices.distribution_scope(num_devices):
+        with _dtype_policy(precision):
+            trained = stage.make()
+        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
+        checkpoint = ResumableEarlyStopping(run, stage.name, stage.monitor, stage.patience)
+        epochs_done = checkpoint.restore(trained)
+        print(
+            f"\ntraining {stage.name}: {network.count_params():,} parameters, up to {stage.epochs} epochs of "
+            f"{stage.steps} steps"
+        )
+        if epochs_done:
+            print(f"continuing after epoch {epochs_done}")
+        if epochs_done < stage.epochs and not checkpoint.counters["stopped"]:
+            trained.fit(
+                stage.batches(epochs_done),
+                initial_epoch=epochs_done,
+                epochs=stage.epochs,
+                steps_per_epoch=stage.steps,
+                shuffle=False,  # The batches are shuffled already.
+                validation_data=stage.validation,
+                verbose=0,
+                callbacks=_callbacks(stage, run, seed, network, checkpoint),
+            )
+    network.set_weights(checkpoint.best_weights)
+    print(f"best epoch: {checkpoint.counters['best_epoch'] + 1}")
+    if path:
+        save_model(network, path)
+    return network
+
+
+def _callbacks(
+    stage: Stage, run: Run | None, seed: int, network: keras.Model, checkpoint: "ResumableEarlyStopping"
+) -> list[keras.callbacks.Callback]:
+    """The callbacks of a stage. The checkpoint comes last: an epoch counts once everything else has recorded it."""
+    writing = (
+        [CSVHistory(run, stage.name), keras.callbacks.TensorBoard(run.folder / "logs" / stage.name)] if run else []
+    )
+    return [
+        ReseedEachEpoch(seed),
+        TerminateOnNonFinite(checkpoint, stage.learning_rate_option, network),
+        EpochSummary(stage.epochs, stage.shown),
+        *writing,
+        checkpoint,
+    ]
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Context manager: networks made inside use this policy, those made outside float32."""
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
+    """Adam whose learning rate rises over the first steps and then falls to 0 along a cosine.
+
+    Args:
+        learning_rate: Peak of the learning rate.
+        epochs: Number of epochs after which it reaches 0.
+        steps: Number of steps per epoch.
+    """
+    warmup = min(steps, 20)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, max(epochs * steps - warmup, 1), warmup_target=learning_rate, warmup_steps=warmup
+    )
+    return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
+
+
+# -------------------------------------------------------------------------------------------------- models
+
+
+def save_model(network: keras.Model, path: Path) -> None:
+    """Save a network as a .keras file that depends on the network only: the date that Keras adds is removed.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    with atomic_path(path) as unfinished:
+        network.save(unfinished)
+        with zipfile.ZipFile(unfinished) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        metadata = json.loads(parts["metadata.json"])
+        del metadata["date_saved"]
+        parts["metadata.json"] = json.dumps(metadata).encode()
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(zipfile.ZipInfo(name), content)
+
+
+def load_weights(network: keras.Model, path: Path) -> None:
+    """Set a network's weights to those of a .keras file. Nothing else in the file is used, so no code in it can run.
+
+    Raises:
+        RunError: The file is damaged, or contains a different network.
+    """
+    try:
+        network.load_weights(path)
+    except Exception as error:  # A damaged file can raise anything.
+        damaged = not zipfile.is_zipfile(path) or isinstance(error, zipfile.BadZipFile | OSError | EOFError)
+        problem = "is damaged" if damaged else "contains a different network than this run's"
+        raise RunError(f"{path}: {problem}; remove it to train it again, or choose another run_dir") from error
+
+
+def load_model(path: Path, network_class: type[keras.Model]) -> keras.Model:
+    """Load a network of a known class from a .keras file: its settings and its weights, no code.
+
+    Args:
+        path: A file that `save_model` has written.
+        network_class: `model.VQVAE` or `model.PixelCNN`.
+
+    Raises:
+        RunError: The file is missing, damaged, or contains a different network.
+    """
+    if not path.exists():
+        raise RunError(f"{path}: no such file; finish the run first, or choose another run folder")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            saved = json.loads(archive.read("config.json"))
+        if saved["class_name"] != network_class.__name__:
+            raise RunError(f"{path}: contains a {saved['class_name']}, not a {network_class.__name__}; choose another")
+        network = network_class(**saved["config"])
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path}: is damaged ({error}); train it again, or choose another run folder") from error
+    load_weights(network, path)
+    return network
+
+
+# ----------------------------------------------------------------------------------------------- callbacks
+
+
+class ResumableEarlyStopping(keras.callbacks.EarlyStopping):
+    """Early stopping that continues after a kill.
+
+    After each epoch it saves weights, optimizer, the best weights on validation and its counters in one .npz file in
+    checkpoint/ of the run folder.
+
+    Args:
+        run: The run; None in a process that does not write files and gets the state from the main process.
+        stage: Name of the stage.
+        monitor: Name of the metric to judge by; lower is better.
+        patience: Number of epochs without improvement after which training stops.
+    """
+
+    def __init__(self, run: Run | None, stage: str, monitor: str, patience: int) -> None:
+        super().__init__(monitor, patience=patience, mode="min", restore_best_weights=True)
+        self.run, self.stage = run, stage
+        self.folder = run.folder / "checkpoint" if run else None
+        self.counters: dict[str, Any] = {"epoch": 0, "wait": 0, "best": None, "best_epoch": 0, "stopped": False}
+
+    def restore(self, network: keras.Model) -> int:
+        """Set a compiled network to its newest intact checkpoint and return the number of epochs that it has done.
+
+        A damaged checkpoint is reported and removed, and the one before it is used.
+        """
+        network.optimizer.build(network.trainable_variables)
+        found = devices.broadcast_from_main(self._read(network) if self.run else None)
+        if found:
+            self.counters, arrays = found
+            for name, variable in self._state(network).items():
+                variable.assign(arrays[name])
+            self.best_weights = [arrays[f"best_{i:03d}"] for i in range(len(network.weights))]
+        return self.counters["epoch"]
+
+    def _read(self, network: keras.Model) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """Counters and arrays of the newest intact checkpoint, None if there is none."""
+        assert self.run
+        for path in reversed(self._paths()):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    arrays = {name: file[name] for name in file.files}  # Compares the zip file's checksums.
+                counters = json.loads(str(arrays.pop("counters")))
+                self._check(network, arrays)
+            except Exception as error:  # A damaged file can raise anything.
+                console.warn(f"{path}: is damaged ({error}); continuing from the checkpoint before it")
+                remove(path)
+                continue
+            self.run.require_history(self.stage, counters["epoch"])
+            return counters, arrays
+        return None
+
+    def _paths(self) -> list[Path]:
+        """Checkpoints of this stage, the newest last."""
+        return sorted(self.folder.glob(f"{self.stage}_epoch_*.npz")) if self.folder else []
+
+    def _check(self, network: keras.Model, arrays: dict[str, np.ndarray]) -> None:
+        """Raise KeyError or ValueError if the arrays are not this network's."""
+        expected = self._state(network) | {f"best_{i:03d}": weights for i, weights in enumerate(network.weights)}
+        for name, variable in expected.items():
+            if arrays[name].shape != tuple(variable.shape):
+                raise ValueError(f"{name} has the shape {arrays[name].shape}, not {tuple(variable.shape)}")
+
+    @staticmethod
+    def _state(network: keras.Model) -> dict[str, keras.Variable]:
+        weights = {f"weights_{i:03d}": variable for i, variable in enumerate(network.weights)}
+        return weights | {f"optimizer_{i:03d}": variable for i, variable in enumerate(network.optimizer.variables)}
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        best_weights = self.best_weights
+        super().on_train_begin(logs)  # Resets everything.
+        self.best_weights = best_weights
+        self.wait, self.best, self.best_epoch = (self.counters[name] for name in ("wait", "best", "best_epoch"))
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        self.counters = {
+            "epoch": epoch + 1,
+            "wait": self.wait,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "stopped": self.model.stop_training,
+        }
+        if not self.folder:
+            return
+        arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in self._state(self.model).items()}
+        arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights)}
+        path = self.folder / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
+        with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, counters=np.array(json.dumps(self.counters)), **arrays)
+        for old in self._paths()[:-MAX_CHECKPOINTS]:
+            remove(old)
+
+
+class CSVHistory(keras.callbacks.Callback):
+    """Writes a row of history.csv per epoch: stage, epoch, seconds, metrics of training and validation, learning rate.
+
+    Args:
+        run: The run.
+        stage: Name of the stage.
+    """
+
+    # Columns in this order; with two levels, a level's name precedes some of them, as in top_codebook.
+    ORDER = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
+
+    def __init__(self, run: Run, stage: str) -> None:
+        super().__init__()
+        self.run, self.stage = run, stage
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        self.started = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        logs = logs or {}
+        trained = [name for name in logs if not name.startswith("val_")]
+        names = [name for last in self.ORDER for name in trained if name == last or name.endswith(f"_{last}")]
+        row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(time.monotonic() - self.started, 2)}
+        row |= {name: logs[name] for name in names} | {f"val_{name}": logs[f"val_{name}"] for name in names}
+        row["learning_rate"] = current_learning_rate(self.model)
+        self.run.add_epoch(row)
+
+
+class EpochSummary(keras.callbacks.Callback):
+    """Prints one line per epoch, and a progress bar within the epoch on terminals.
+
+    Args:
+        epochs: Maximum number of epochs.
+        shown: Names of the metrics to print, of training and validation.
+    """
+
+    def __init__(self, epochs: int, shown: Sequence[str]) -> None:
+        super().__init__()
+        self.epochs, self.shown = epochs, shown
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        self.started = time.monotonic()
+        self.progress = console.progress(self.params["steps"], "steps")
+
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        self.progress.update(1)
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        self.progress.close()
+        logs = logs or {}
+        parts = [
+            f"{name.replace('_', ' ')} {logs[name]:.4f} (validation {logs[f'val_{name}']:.4f})" for name in self.shown
+        ]
+        head = f"epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  {time.monotonic() - self.started:4.0f} s"
+        print("  ".join([head, *parts]))
+        sys.stdout.flush()
+
+
+class ReseedEachEpoch(keras.callbacks.Callback):
+    """Makes dropout and restarts of codes a function of (seed, epoch), whatever ran before."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        states = [v for v in self.model.non_trainable_variables if v.path.endswith("seed_generator_state")]
+        for i, state in enumerate(states):
+            state.assign(np.random.SeedSequence([self.seed, epoch, i]).generate_state(2))
+
+
+class TerminateOnNonFinite(keras.callbacks.Callback):
+    """Stop training if the loss is NaN or infinite (raises RunError) or a stop signal is pending (raises Stopped).
+
+    Args:
+        checkpoint: Its best weights are saved in checkpoint/ of the run folder, if there are any.
+        learning_rate_option: Name of the constant that sets the learning rate.
+        network: A network to put the best weights into.
+    """
+
+    def __init__(self, checkpoint: ResumableEarlyStopping, learning_rate_option: str, network: keras.Model) -> None:
+        super().__init__()
+        self.checkpoint, self.learning_rate_option, self.network = checkpoint, learning_rate_option, network
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        console.raise_if_stopped()
+        self._check((logs or {})["loss"], f"in epoch {self.epoch + 1}")
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        self._check((logs or {})[self.checkpoint.monitor], f"on the validation split after epoch {epoch + 1}")
+
+    def _check(self, loss: float, when: str) -> None:
+        if np.isfinite(loss):
+            return
+        kept = ""
+        if self.checkpoint.folder and self.checkpoint.best_weights is not None:
+            path = self.checkpoint.folder / f"{self.checkpoint.stage}.keras"
+            self.network.set_weights(self.checkpoint.best_weights)
+            save_model(self.network, path)
+            kept = f"; the best model so far, of epoch {self.checkpoint.best_epoch + 1}, is {path}"
+        option, rate = self.learning_rate_option, current_learning_rate(self.model)
+        raise RunError(
+            f"{option}: the loss is {float(loss)} {when}, at a learning rate of {rate:.2g}; choose a lower {option} "
+            f"and another run_dir{kept}"
+        )
+
+
+def current_learning_rate(network: keras.Model) -> float:
+    """The learning rate that a compiled network uses now."""
+    return float(keras.ops.convert_to_numpy(network.optimizer.learning_rate))
