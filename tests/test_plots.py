@@ -1,79 +1,59 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import plots
+from dataset import Slices
+from generator import Results, Samples
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 16, 16, 1))
 POSITIONS = np.arange(6)
 CURVES = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity")
-HISTORY = [
-    {"epoch": epoch, **dict.fromkeys(CURVES, 1 / epoch), **{f"val_{name}": 1.1 / epoch for name in CURVES}}
-    for epoch in (1, 2, 3)
-]
-
 LEVELS = ("top", "bottom")
-LEVELS_HISTORY = [
-    {**row, **{f"{at}{level}_{name}": 1.0 for at in ("", "val_") for level in LEVELS for name in CURVES}}
-    for row in HISTORY
+HISTORY = [
+    {
+        "epoch": epoch,
+        **{f"{level}{name}": 1 / epoch for level in ("", "top_", "bottom_") for name in CURVES},
+        **{f"val_{level}{name}": 1.1 / epoch for level in ("", "top_", "bottom_") for name in CURVES},
+    }
+    for epoch in (1, 2, 3)
 ]
 CODES = [RNG.integers(0, 9, (6, 2, 2)), RNG.integers(0, 16, (6, 4, 4))]
 EMBEDDINGS = [RNG.normal(size=(16, 4)), RNG.normal(size=(16, 4))]
+RATES = [
+    {"grid": g, "num_embeddings": k, "prior_bits_per_image": g * k, "ssim": 0.9, "ssim_brain": 0.8, "psnr_db": 9}
+    for g in (6, 12)
+    for k in (64, 512)
+]
 
-PICTURES = {
-    "vqvae_loss": lambda path: plots.vqvae_loss(path, HISTORY, ("",), "note"),
-    "vqvae_loss of two levels": lambda path: plots.vqvae_loss(path, LEVELS_HISTORY, LEVELS),
-    "ssim": lambda path: plots.ssim(path, HISTORY),
-    "code_usage": lambda path: plots.code_usage(path, HISTORY, ("",), 16),
-    "code_usage of two levels": lambda path: plots.code_usage(path, LEVELS_HISTORY, LEVELS, 16),
-    "codebook": lambda path: plots.codebook(path, CODES[:1], IMAGES, 16),
-    "codebook of two levels": lambda path: plots.codebook(path, CODES, IMAGES, 16, LEVELS),
-    "prior_loss": lambda path: plots.prior_loss(path, {"prior": HISTORY[:1]}, 16),
-    "two priors": lambda path: plots.prior_loss(path, {"top_prior": HISTORY, "bottom_prior": HISTORY}, 16),
-    "reconstructions": lambda path: plots.reconstructions(path, IMAGES, IMAGES[::-1], list("abcdef")),
+DRAWINGS = {
+    "VQ-VAE loss of one level": lambda path: plots.vqvae_loss(path, HISTORY, ("",), "note"),
+    "prior loss of one epoch": lambda path: plots.prior_loss(path, {"prior": HISTORY[:1]}, 16),
     "one reconstruction": lambda path: plots.reconstructions(path, IMAGES[:1], IMAGES[1:2], ["a"], "", "title"),
-    "by_position": lambda path: plots.by_position(
-        path, [{"position": p, "ssim": 0.9, "ssim_brain": None, "ms_ssim": 0.9, "psnr_db": 20 + p} for p in (1, 2)]
-    ),
-    "power_spectrum": lambda path: plots.power_spectrum(path, {"real": np.ones(8), "new": np.ones(8) / 2}, 0.3),
-    "rate_distortion": lambda path: plots.rate_distortion(
-        path,
-        [
-            {
-                "grid": g,
-                "num_embeddings": k,
-                "prior_bits_per_image": g * k,
-                "ssim": 0.9,
-                "ssim_brain": 0.8,
-                "psnr_db": 9,
-            }
-            for g in (6, 12)
-            for k in (64, 512)
-        ],
-    ),
-    "copies": lambda path: plots.copies(path, IMAGES, IMAGES[::-1], list("abcdef")),
-    "codes": lambda path: plots.codes(path, IMAGES, CODES[:1], EMBEDDINGS[:1], ("",), list("abcdef")),
-    "codes of two levels": lambda path: plots.codes(path, IMAGES, CODES, EMBEDDINGS, LEVELS, list("abcdef")),
-    "levels": lambda path: plots.levels(path, IMAGES, IMAGES, [IMAGES, IMAGES[::-1]], LEVELS, list("abcdef")),
-    "samples": lambda path: plots.samples(path, IMAGES, POSITIONS),
     "one sample": lambda path: plots.samples(path, IMAGES[:1], POSITIONS[:1]),
-    "samples_by_position": lambda path: plots.samples_by_position(
-        path, IMAGES[:3], IMAGES.reshape(3, 2, 16, 16, 1), POSITIONS[:3]
-    ),
+    "one code map": lambda path: plots.codes(path, IMAGES, CODES[:1], EMBEDDINGS[:1], ("",), list("abcdef")),
+    "one codebook": lambda path: plots.codebook(path, CODES[:1], IMAGES, 16),
+    "rate_distortion": lambda path: plots.rate_distortion(path, RATES),
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_is_drawn(tmp_path, name):
-    path = tmp_path / "picture.png"
-    PICTURES[name](path)
+def assert_is_picture(path):
     with Image.open(path) as picture:
         assert min(picture.size) > 150
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-def test_like_codes_have_like_colours():
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_drawing_functions_write_a_png(tmp_path, name):
+    path = tmp_path / "picture.png"
+    DRAWINGS[name](path)
+    assert_is_picture(path)
+
+
+def test_similar_codes_have_similar_colours():
     embeddings = np.array([[0.0, 0], [0.1, 0], [10, 0], [10.1, 0]])
     colours = plots._code_colours(embeddings)
     assert colours.shape == (4, 3)
@@ -81,8 +61,8 @@ def test_like_codes_have_like_colours():
     assert np.linalg.norm(colours[0] - colours[1]) < np.linalg.norm(colours[0] - colours[3])
 
 
-def test_a_code_is_shown_as_what_is_decoded_where_it_stands(tmp_path, monkeypatch):
-    indices = np.array([[[0, 1], [1, 1]]])  # code 1 three times, so it comes first
+def test_codebook_tiles_show_the_decoded_pixels_at_the_occurrences_of_a_code(tmp_path, monkeypatch):
+    indices = np.array([[[0, 1], [1, 1]]])  # Code 1 occurs three times and comes first.
     images = np.zeros((1, 16, 16, 1))
     images[0, :8, :8] = 0.25
     shown = []
@@ -92,6 +72,140 @@ def test_a_code_is_shown_as_what_is_decoded_where_it_stands(tmp_path, monkeypatc
     plots.codebook(tmp_path / "x.png", [indices], images, 4)
     sheet = shown[0]
     middle = slice(6, 10)
-    assert sheet[middle, middle] == pytest.approx(0)  # code 1
+    assert sheet[middle, middle] == pytest.approx(0)  # Code 1.
     size = 16 + 2
-    assert sheet[middle, size + 6 : size + 10] == pytest.approx(0.25)  # code 0
+    assert sheet[middle, size + 6 : size + 10] == pytest.approx(0.25)  # Code 0.
+
+
+# ------------------------------------------------------------------------------------------- the registry
+
+
+class StubQuantizer:
+    num_embeddings = 16
+
+    def __init__(self, embeddings):
+        self.embeddings = embeddings.astype(np.float32)
+
+    def lookup(self, indices):
+        return self.embeddings[indices]
+
+
+class StubVQVAE:
+    """A decoder that shows the mean of the vectors of all levels."""
+
+    def __init__(self, num_levels):
+        self.quantizers = [StubQuantizer(vectors) for vectors in EMBEDDINGS[:num_levels]]
+
+    def decode(self, quantized):
+        images = []
+        for vectors in quantized:
+            cell = 16 // vectors.shape[1]
+            images.append(np.abs(vectors.mean(axis=-1, keepdims=True)).repeat(cell, 1).repeat(cell, 2))
+        return np.clip(np.mean(images, axis=0), 0, 1).astype(np.float32)
+
+
+class StubGenerator:
+    num_embeddings = 16
+
+    def __init__(self, num_levels):
+        self.vqvae = StubVQVAE(num_levels)
+        self.level_names = ("",) if num_levels == 1 else LEVELS
+        self.sampled = []
+
+    def sample(self, positions, seed=0, temperature=1.0, top_k=0, top_p=1.0):
+        self.sampled.append((np.asarray(positions).tolist(), seed, temperature, top_k, top_p))
+        return np.random.default_rng(seed).random((len(positions), 16, 16, 1), np.float32)
+
+
+def make_results(num_levels: int, note: str = "") -> Results:
+    images = RNG.integers(0, 256, (6, 16, 16, 1)).astype(np.uint8)
+    slices = Slices(images, POSITIONS, np.repeat(["a", "b", "c"], 2))
+    codes = CODES[2 - num_levels :] if num_levels == 1 else CODES
+    decoded = RNG.random((6, 16, 16, 1), np.float32)
+    quality = {"ssim": 0.9, "ms_ssim": 0.9, "psnr_db": 20}
+    stages = ("vqvae", "prior") if num_levels == 1 else ("vqvae", "top_prior", "bottom_prior")
+    numbers = {
+        "worst_slices": [
+            {"index": 3, "subject": "b", "position": 3, "ssim_brain": 0.5},
+            {"index": 1, "subject": "a", "position": 1, "ssim_brain": None},
+        ],
+        "by_position": [{"position": p, **quality, "ssim_brain": None if p else 0.8} for p in range(3)],
+        "half_power_frequency": 0.3,
+        "samples": {"nearest_to_training": [{"index": 2, "train_index": 5, "distance": 0.1}]},
+    }
+    samples = Samples(decoded, codes, POSITIONS)
+    return Results(
+        generator=StubGenerator(num_levels),
+        slices=dict.fromkeys(("train", "validate", "test"), slices),
+        codes=dict.fromkeys(("train", "validate", "test"), codes),
+        reconstructions=dict.fromkeys(("validate", "test"), decoded),
+        samples=samples,
+        test_samples=samples,
+        sampling={"seed": 7, "temperature": 0.9, "top_k": 3, "top_p": 0.8},
+        history=[{"stage": stage, **row} for stage in stages for row in HISTORY],
+        numbers=numbers,
+        note=note,
+    )
+
+
+def test_pictures_have_unique_names_and_a_caption():
+    names = [picture.name for picture in plots.PICTURES]
+    assert len(set(names)) == len(names)
+    assert all(picture.caption.strip().endswith(".") for picture in plots.PICTURES)
+
+
+def test_levels_are_only_shown_if_there_are_two():
+    one, two = ([picture.name for picture in plots.pictures(num_levels)] for num_levels in (1, 2))
+    assert set(two) - set(one) == {"levels"}
+    assert two == [picture.name for picture in plots.PICTURES]
+
+
+def test_pictures_that_depend_on_sampling_are_marked():
+    marked = {picture.name for picture in plots.PICTURES if picture.from_samples}
+    assert marked == {"samples", "samples_by_position", "power_spectrum", "nearest_training_slices"}
+
+
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, capsys, num_levels):
+    notes, make_figure = [], plots._figure
+
+    def figure(width, height, title, note):
+        notes.append(note)
+        return make_figure(width, height, title, note)
+
+    monkeypatch.setattr(plots, "_figure", figure)
+    plots.draw_missing(tmp_path / "images", make_results(num_levels, note="SYNTHETIC slices"))
+    expected = {f"{picture.name}.png" for picture in plots.pictures(num_levels)}
+    assert {path.name for path in (tmp_path / "images").iterdir()} == expected
+    for path in (tmp_path / "images").iterdir():
+        assert_is_picture(path)
+    assert notes == ["SYNTHETIC slices"] * len(expected)
+    assert "drawing pictures" in capsys.readouterr().out
+
+
+def test_only_missing_pictures_are_drawn(tmp_path, capsys):
+    for picture in plots.pictures(1):
+        (tmp_path / f"{picture.name}.png").write_bytes(b"old")
+    results = make_results(1)
+    plots.draw_missing(tmp_path, results)
+    assert not capsys.readouterr().out
+    (tmp_path / "ssim.png").unlink()
+    plots.draw_missing(tmp_path, results)
+    assert_is_picture(tmp_path / "ssim.png")
+    assert (tmp_path / "samples.png").read_bytes() == b"old"
+
+
+def test_samples_by_position_use_the_sampling_options(tmp_path):
+    results = make_results(1)
+    picture = next(picture for picture in plots.PICTURES if picture.name == "samples_by_position")
+    picture.draw(tmp_path / "x.png", results)
+    assert results.generator.sampled == [(np.repeat(POSITIONS, 4).tolist(), 7, 0.9, 3, 0.8)]
+
+
+def test_single_level_is_decoded_with_the_mean_vector_of_the_other():
+    generator = SimpleNamespace(vqvae=StubVQVAE(2))
+    images = plots._decode_single_level(generator, CODES, 0, np.array([1, 4]))
+    top, bottom = EMBEDDINGS
+    mean = bottom[CODES[1]].mean(axis=(0, 1, 2)).astype(np.float32)
+    expected = generator.vqvae.decode([top[CODES[0][[1, 4]]], np.broadcast_to(mean, (2, 4, 4, 4))])
+    assert images == pytest.approx(expected, abs=1e-6)

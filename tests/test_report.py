@@ -1,10 +1,12 @@
 import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import plots
 import report
 
 CONSTANTS = {"image_size": 96, "grids": [12], "num_embeddings": 512, "prior": "gated", "data_dir": "/data/<oasis>"}
@@ -15,144 +17,173 @@ HISTORY = [
     {"stage": "prior", "epoch": 3, "loss": 3.0, "val_loss": 3.8},
 ]
 SET = {
+    "c2st_real": {"accuracy": 0.55, "accuracy_interval": [0.5, 0.6]},
     "precision": 0.8,
     "recall": 0.7,
     "density": 0.9,
     "coverage": 0.9,
-    "kernel_distance": 0.01,
-    "kernel_distance_error": 0.02,
+    "mmd2": 0.01,
+    "mmd2_error": 0.02,
     "ms_ssim_of_pairs": 0.85,
-    "told_from_real": {"accuracy": 0.55, "accuracy_interval": [0.5, 0.6]},
-    "nearest_train_pixels": 1.0,
-    "nearest_train_features": 1.0,
-    "copies_pixels": 0.01,
-    "copies_features": 0.01,
+    "nn_distance_ratio_pixels": 1.0,
+    "nn_distance_ratio_features": 1.0,
+    "near_duplicate_rate_pixels": 0.01,
+    "near_duplicate_rate_features": 0.01,
 }
-PICTURES = sorted(report.CAPTIONS.keys() - {"levels.png"})
 ROW = {"ssim": 0.9, "ssim_brain": 0.8, "ms_ssim": 0.95, "psnr_db": 25.0, "mae": 0.02}
 NUMBERS = {
     "test_slices": 24,
-    "test_people": 6,
+    "test_subjects": 6,
     **ROW,
     **{f"{name}_interval": [value - 0.01, value + 0.01] for name, value in ROW.items()},
-    "worst_slices": [{"index": 3, "case": "case_<b>", "position": 7, **ROW}],
+    "worst_slices": [{"index": 3, "subject": "case_<b>", "position": 7, **ROW}],
     "half_power_frequency": 0.25,
     "codes_used": 1.0,
     "perplexity": 300.0,
-    "independent_bits_per_image": 1200.0,
+    "marginal_entropy_bits_per_image": 1200.0,
     "prior_bits_per_code": 5.0,
     "prior_bits_per_image": 720.0,
     "bits_per_dimension": 2.0,
     "prior_bits_per_dimension": 0.1,
     "decoder_bits_per_dimension": 1.9,
     "histogram_bits_per_dimension": 3.0,
-    "samples": {
-        "count": 24,
-        "real_ms_ssim_of_pairs": 0.85,
-        "drawn": {**SET, "told_from_reconstructions": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}},
-        "reconstructions": SET,
-        "train": SET,
-    },
+    "samples": {"count": 24, **SET, "c2st_reconstructions": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}},
+    "references": {"reconstructions": SET, "other_subjects": SET, "real_ms_ssim_of_pairs": 0.85},
 }
 
 
-def found(**drawn) -> dict[str, report.Finding]:
-    numbers = copy.deepcopy(NUMBERS)
-    numbers["samples"]["drawn"].update(drawn)
+def findings_by_title(numbers=NUMBERS, **samples) -> dict[str, report.Finding]:
+    numbers = {**numbers, "samples": {**numbers["samples"], **samples}}
     return {finding.title: finding for finding in report.findings(CONSTANTS, numbers, HISTORY)}
 
 
-def test_good_samples_are_said_to_be_good():
-    findings = found()
-    assert not findings["New brains: quality"].bad
-    assert findings["New brains: variety"].says == "New brains are as varied as real ones."
-    assert not findings["New brains: copies"].bad
-    assert "0.900 (0.890 to 0.910)" in findings["Reconstruction"].says
-    assert "720 bits an image" in findings["Reconstruction"].says
+def test_good_samples_have_good_findings():
+    findings = findings_by_title()
+    assert not findings["Samples: quality"].bad
+    assert "as varied as" in findings["Samples: variety"].summary
+    assert not findings["Samples: memorisation"].bad
+    assert "0.900 (0.890 to 0.910)" in findings["Reconstruction"].summary
+    assert "720 bits per image" in findings["Reconstruction"].summary
 
 
 @pytest.mark.parametrize(
-    ("drawn", "title", "says"),
+    ("samples", "title", "words"),
     [
+        ({"c2st_real": {"accuracy": 0.97, "accuracy_interval": [0.9, 1.0]}}, "Samples: quality", "small classifier"),
         (
-            {"told_from_real": {"accuracy": 0.97, "accuracy_interval": [0.9, 1.0]}},
-            "New brains: quality",
-            "finds them out",
+            {"c2st_reconstructions": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0]}},
+            "Samples: quality",
+            "the prior arranges codes differently",
         ),
-        (
-            {"told_from_reconstructions": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0]}},
-            "New brains: quality",
-            "the prior arranges codes in ways that real slices do not",
-        ),
-        ({"kernel_distance": 0.5}, "New brains: quality", "Kernel distance 0.500 ± 0.020"),
-        ({"ms_ssim_of_pairs": 0.9}, "New brains: variety", "0.900 on average, two real slices 0.850"),
-        ({"coverage": 0.4}, "New brains: variety", "Coverage 0.40"),
-        ({"copies_features": 0.3}, "New brains: copies", "In features, 30.0\u00a0% of new brains"),
+        ({"mmd2": 0.5}, "Samples: quality", "0.500 ± 0.020"),
+        ({"ms_ssim_of_pairs": 0.9}, "Samples: variety", "0.900"),
+        ({"coverage": 0.4}, "Samples: variety", "coverage 0.40"),
+        ({"near_duplicate_rate_features": 0.3}, "Samples: memorisation", "In features, 30.0\u00a0%"),
     ],
 )
-def test_what_is_not_good_is_said(drawn, title, says):
-    finding = found(**drawn)[title]
-    assert any(says in item for item in finding.bad)
-    assert not any(says in item for item in finding.good)
+def test_weaknesses_are_listed_as_bad(samples, title, words):
+    finding = findings_by_title(**samples)[title]
+    assert any(words in sentence for sentence in finding.bad)
+    assert not any(words in sentence for sentence in finding.good)
 
 
-def test_a_prior_that_learns_by_heart_is_told_by_its_best_epoch():
-    assert any("best epoch of the prior, 2, its loss is 3.50" in item for item in found()["Prior"].bad)
+def test_blur_is_listed_as_bad():
+    assert any("Blur: details smaller than 2.0 pixels" in item for item in findings_by_title()["Reconstruction"].bad)
+    sharp = findings_by_title({**NUMBERS, "half_power_frequency": 0.5})["Reconstruction"]
+    assert not any("Blur" in item for item in sharp.bad)
 
 
-def test_two_levels_are_told_apart():
+def test_overfitting_of_the_prior_is_judged_by_its_best_epoch():
+    bad = [item for item in findings_by_title()["Prior"].bad if "overfit" in item]
+    assert len(bad) == 1
+    assert "epoch (2)" in bad[0]
+    assert "3.50 nats per code" in bad[0]
+
+
+def test_findings_of_two_levels_name_the_level():
     both = {name: {"top": NUMBERS[name], "bottom": 0.5} for name in ("codes_used", "perplexity", "prior_bits_per_code")}
     history = [{**row, "stage": f"{level}_prior"} for row in HISTORY[1:] for level in ("top", "bottom")]
     prior = report.findings(CONSTANTS, {**NUMBERS, **both}, history)[1]
-    assert "5.00 bits a top code and 0.50 bits a bottom code, 720 bits an image" in prior.says
-    assert any("100\u00a0% of 512 top codes" in item for item in prior.good)
-    assert any("50\u00a0% of 512 bottom codes" in item for item in prior.bad)
+    assert "5.00 bits per top code and 0.50 bits per bottom code" in prior.summary
+    assert "720 bits per image" in prior.summary
+    assert any("100\u00a0% of the 512 top codes" in item for item in prior.good)
+    assert any("50\u00a0% of the 512 bottom codes" in item for item in prior.bad)
+
+
+def draw_blank_pictures(folder, num_levels):
+    (folder / "images").mkdir()
+    for picture in plots.pictures(num_levels):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "images" / f"{picture.name}.png")
 
 
 @pytest.fixture
 def run_folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    for name in PICTURES:
-        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "images" / name)
+    draw_blank_pictures(tmp_path, num_levels=1)
     return tmp_path
 
 
-def write(folder, numbers=NUMBERS, note="") -> str:
-    report.write(folder / "report.html", folder.name, CONSTANTS, numbers, HISTORY, note)
-    assert not list(folder.glob("*.tmp"))
+def write(folder, numbers=NUMBERS, note="", constants=CONSTANTS, history=HISTORY) -> str:
+    results = SimpleNamespace(numbers=numbers, history=history, note=note)
+    report.write(folder / "report.html", folder.name, constants, results)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_report_is_one_file_that_needs_no_other(run_folder):
+def test_report_is_self_contained(run_folder):
     page = write(run_folder)
-    assert page.count('src="data:image/png;base64,') == len(PICTURES)
+    assert page.startswith("<!doctype html>")
+    assert page.count('src="data:image/png;base64,') == len(plots.pictures(1))
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
     assert "http" not in page
 
 
-def test_names_cannot_break_the_page(run_folder):
+def test_report_shows_the_captions_in_order_samples_first(run_folder):
+    page = write(run_folder)
+    escaped = [picture.caption.replace("'", "&#39;") for picture in plots.pictures(1)]
+    places = [page.index(caption) for caption in escaped]
+    assert places == sorted(places)
+    names = [picture.name for picture in plots.PICTURES[: report.LEADING_PICTURES]]
+    assert names == ["samples_by_position", "samples", "reconstructions"]
+    first_finding = page.index("Samples: quality")
+    assert places[report.LEADING_PICTURES - 1] < first_finding < places[report.LEADING_PICTURES]
+
+
+def test_report_of_two_levels_has_all_pictures(tmp_path):
+    draw_blank_pictures(tmp_path, num_levels=2)
+    keys = ("codes_used", "perplexity", "prior_bits_per_code")
+    numbers = {**NUMBERS, **{name: {"top": 1.0, "bottom": 1.0} for name in keys}}
+    history = [{**row, "stage": stage} for row in HISTORY for stage in ("vqvae", "top_prior", "bottom_prior")]
+    page = write(tmp_path, numbers, constants={**CONSTANTS, "grids": [16, 32]}, history=history)
+    assert page.count('src="data:image/png;base64,') == len(plots.PICTURES)
+    assert "16\u00a0×\u00a016 and 32\u00a0×\u00a032" in page
+    assert "(top prior)" in page
+
+
+def test_names_are_escaped(run_folder):
     page = write(run_folder)
     assert "case_&lt;b&gt;" in page
     assert "<oasis>" not in page
 
 
-def test_the_note_stands_in_the_report(run_folder):
+def test_note_is_shown(run_folder):
     assert "SYNTHETIC slices" in write(run_folder, note="SYNTHETIC slices, not real brains")
     assert "SYNTHETIC" not in write(run_folder)
 
 
-def test_numbers_that_could_not_be_measured_leave_a_dash(run_folder):
+def test_undefined_numbers_become_dashes(run_folder):
     numbers = copy.deepcopy(NUMBERS)
-    nothing = dict.fromkeys(SET) | {"told_from_real": {"accuracy": None, "accuracy_interval": [None, None]}}
-    for name in ("drawn", "reconstructions", "train"):
-        kept = {key: value for key, value in SET.items() if "copies" in key or "nearest" in key}
-        numbers["samples"][name] = {**nothing, **kept}
-    numbers["samples"]["drawn"]["told_from_reconstructions"] = nothing["told_from_real"]
-    numbers["samples"]["real_ms_ssim_of_pairs"] = None
+    undefined = {key: None for key in SET if not key.startswith(("nn_", "near_"))}
+    undefined["c2st_real"] = {"accuracy": None, "accuracy_interval": [None, None]}
+    for measured in (
+        numbers["samples"],
+        *(numbers["references"][name] for name in ("reconstructions", "other_subjects")),
+    ):
+        measured.update(undefined)
+    numbers["samples"]["c2st_reconstructions"] = undefined["c2st_real"]
+    numbers["references"]["real_ms_ssim_of_pairs"] = None
     numbers["ssim_brain"] = numbers["worst_slices"][0]["ssim_brain"] = None
     numbers["ssim_brain_interval"] = [None, None]
     page = write(run_folder, numbers)
     assert "–" in page
-    assert "None" not in page.split("Every constant")[0]
-    assert "Too few people" in page
+    assert "None" not in page.split("<summary>Configuration")[0]
+    assert "too few test subjects" in page
