@@ -44,6 +44,12 @@ def on_jax() -> bool:
 if on_jax():
     # TensorFlow only runs the input pipeline and the metrics there and must not take the GPU's memory from JAX.
     tf.config.set_visible_devices([], "GPU")
+elif not tf.config.list_physical_devices("GPU"):
+    # TensorFlow sums three or more gradients of one tensor in an order that depends on the timing of its threads, so
+    # the last digits change from run to run. With a single inter-op thread the order is fixed. Each operation still
+    # uses all cores.
+    with contextlib.suppress(RuntimeError):  # In a notebook, TensorFlow may already be in use.
+        tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def device_names() -> list[str]:
@@ -81,7 +87,7 @@ def describe(devices: int) -> str:
     """
     backend, kind = "JAX" if on_jax() else "TensorFlow", "CPU" if uses_cpus() else "GPU or TPU"
     count = process_index_and_count()[1]
-    line = f"{backend}, {devices} {kind}{f' in each of {count} processes' if count > 1 else ''}"
+    line = f"training on {devices} {kind}{f' in each of {count} processes' if count > 1 else ''} with {backend}"
     return line if uses_cpus() else f"{line}: a stopped run can be resumed, but the result is not bitwise identical"
 
 

@@ -222,12 +222,9 @@ def prior_stage(
     """How the prior of one level is trained on code indices; level 0 is the coarsest."""
     shard = devices.process_index_and_count()
 
-    def batches(split: str, *order: int) -> Any:
-        coarse = codes[split][level - 1] if level else None
-        positions = slices[split].positions
-        return dataset.code_batches(
-            codes[split][level], positions, config.batch_size, *order, coarse=coarse, shard=shard
-        )
+    def batches(split: str, seed: int | None = None, epoch: int = 0) -> Any:
+        coarse, positions = codes[split][level - 1] if level else None, slices[split].positions
+        return dataset.code_batches(codes[split][level], positions, config.batch_size, seed, epoch, coarse, shard)
 
     return Stage(
         name=model.prior_names(len(config.grids))[level],

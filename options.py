@@ -20,7 +20,7 @@ import dataset
 import devices
 import model
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Any)
 
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
 SAMPLING_FIELDS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")  # May change in a finished run.
@@ -214,8 +214,16 @@ def check(config: Any) -> None:
             raise ConfigError(f"{name} is {value}: must be {requirement}")
 
     for name, kind in typing.get_type_hints(type(config)).items():
-        require(name, lambda v, kind=kind: _has_type(v, kind), _describe_type(kind))
-    positive = ("image_size", "channels", "num_embeddings", "embedding_dim", "batch_size", "vqvae_epochs")
+        if not _has_type(getattr(config, name), kind):
+            raise ConfigError(f"{name} is {getattr(config, name)}: must be {_describe_type(kind)}")
+    positive: tuple[str, ...] = (
+        "image_size",
+        "channels",
+        "num_embeddings",
+        "embedding_dim",
+        "batch_size",
+        "vqvae_epochs",
+    )
     positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
     positive += ("prior_patience", "num_samples", "devices", "num_processes")
     for name in positive:

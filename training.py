@@ -326,7 +326,7 @@ class CSVHistory(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = logs or {}
-        trained = [name for name in logs if not name.startswith("val_")]
+        trained = sorted((name for name in logs if not name.startswith("val_")), reverse=True)  # top before bottom
         names = [name for last in self.ORDER for name in trained if name == last or name.endswith(f"_{last}")]
         row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(time.monotonic() - self.started, 2)}
         row |= {name: logs[name] for name in names} | {f"val_{name}": logs[f"val_{name}"] for name in names}

@@ -1,11 +1,11 @@
-"""Kill the driver again and again, and compare the run that comes of it with one that was left alone.
+"""Kill the driver again and again, and compare the finished runs with one that was not interrupted.
 
-    python benchmarks/kill.py --kills 20
+    python -m benchmarks.kill --kills 20
 
-Small runs on synthetic slices, each driver a process of its own that gets SIGKILL after a random time, wherever it is
-then: starting, training either stage, sampling, measuring, drawing or writing. When a run is complete it is compared
-byte by byte and the next one begins. Prints a table of where the kills hit, then its numbers as JSON; the exit status
-is 1 if any byte differs.
+The runs are small and use synthetic slices. Each driver is a process that gets SIGKILL after a random time, whatever it
+is doing: starting, training either stage, sampling, measuring, drawing or writing. A complete run is compared byte by
+byte with the uninterrupted one, and the next run begins. Prints how many kills hit which step, then its numbers as
+JSON. The exit status is 1 if any byte differs.
 """
 
 import csv
@@ -18,108 +18,134 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import phantom
+from benchmarks import common
 
-DRIVER = Path(__file__).parent.parent / "driver.py"
 CONSTANTS = ["--image-size", "32", "--grids", "4", "--channels", "8", "--num-embeddings", "16", "--embedding-dim", "4"]
 CONSTANTS += ["--residual-blocks", "0", "--batch-size", "8", "--prior-filters", "8", "--prior-blocks", "1"]
 CONSTANTS += ["--num-samples", "3"]
+
+STEPS = {  # the file that each step ends with, in order, and the step
+    "config.json": "before anything was written",
+    "vqvae.keras": "while training the VQ-VAE",
+    "prior.keras": "while training the prior",
+    "samples": "while sampling",
+    "metrics.json": "while measuring",
+    "report.html": "while drawing pictures and writing the report",
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """How often to kill."""
 
-    kills: int = 20
-    epochs: int = 6  # of each stage
-    seed: int = 0  # of the moments
+    kills: int = 20  # number of kills
+    epochs: int = 6  # epochs of each stage
+    seed: int = 0  # of the random times
 
 
-def main(options: Options) -> dict:
+def main(options: Options) -> dict[str, Any]:
+    """Run the benchmark in a temporary folder and return its numbers: kills, identical, runs, different."""
     with tempfile.TemporaryDirectory() as folder:
         return kill_and_compare(options, Path(folder))
 
 
-def kill_and_compare(options: Options, folder: Path) -> dict:
-    phantom.write_pngs(folder / "slices", num_cases=6, num_positions=4, image_size=32)
-    alone, killed = folder / "alone", folder / "killed"  # in folders of their own: the report shows the run's name
-    epochs = ["--vqvae-epochs", str(options.epochs), "--prior-epochs", str(options.epochs)]
+def kill_and_compare(options: Options, folder: Path) -> dict[str, Any]:
+    """Run the benchmark in a folder.
 
-    def command(where: Path) -> list[str]:
-        data = ["--data-dir", str(folder / "slices"), "--run-dir", str(where / "run")]
-        return [sys.executable, str(DRIVER), *data, *CONSTANTS, *epochs]
+    Returns:
+        kills; identical (whether no file differs); runs (completed despite the kills); different (names of files).
+    """
+    phantom.write_pngs(folder / "slices", num_subjects=6, num_positions=4, image_size=32)
+    # All runs have the same name, which the report shows, so each one needs a folder of its own around it.
+    uninterrupted, killed = folder / "uninterrupted", folder / "killed"
 
-    begun = time.monotonic()
-    subprocess.run(command(alone), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds = time.monotonic() - begun
-    print(f"one run alone: {seconds:.0f} s")
+    start = time.monotonic()
+    subprocess.run(
+        driver_command(options, folder / "slices", uninterrupted / "run"),
+        cwd=common.ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    seconds = time.monotonic() - start
+    print(f"one uninterrupted run: {seconds:.0f} s", flush=True)
 
-    moments, hits, runs, different = np.random.default_rng(options.seed), Counter(), 0, []
-    while (wanted := sum(hits.values()) < options.kills) or (killed / "run").exists():  # the last run is let end
-        if not ended(command(killed), moments.uniform(0, seconds) if wanted else None):
-            hits[stage(killed / "run")] += 1
+    random = np.random.default_rng(options.seed)
+    hits: Counter[str] = Counter()
+    runs, different = 0, []
+    # The last run is finished without further kills.
+    while (more := hits.total() < options.kills) or (killed / "run").exists():
+        command = driver_command(options, folder / "slices", killed / "run")
+        if not finishes(command, random.uniform(0, seconds) if more else None):
+            hits[current_step(killed / "run")] += 1
             continue
         runs += 1
-        different += [f"run {runs}: {name}" for name in differences(alone / "run", killed / "run")]
+        different += [f"run {runs}: {name}" for name in differences(uninterrupted / "run", killed / "run")]
         killed = folder / f"killed-{runs}"
-    for where, count in hits.most_common():
-        print(f"{count:4d} kills {where}")
-    result = {"kills": sum(hits.values()), "identical": not different, "runs": runs, "different": different}
-    print(json.dumps(result))
-    return result
+    for step, count in hits.most_common():
+        print(f"{count:4d} {'kill' if count == 1 else 'kills'} {step}")
+    return {"kills": hits.total(), "identical": not different, "runs": runs, "different": different}
 
 
-def ended(command: list[str], seconds: float | None) -> bool:
-    """Start a process; False if it had to be killed after so many seconds. Raises RuntimeError if it failed."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, error = process.communicate(timeout=seconds)
+def driver_command(options: Options, data_dir: Path, run_dir: Path) -> list[str]:
+    """Return the command of one small run."""
+    epochs = ["--vqvae-epochs", str(options.epochs), "--prior-epochs", str(options.epochs)]
+    folders = ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
+    return [sys.executable, "driver.py", *folders, *CONSTANTS, *epochs]
+
+
+def finishes(command: list[str], seconds: float | None) -> bool:
+    """Start a process, kill it after some seconds, and return whether it has finished before.
+
+    Raises:
+        RuntimeError: If the process fails.
+    """
+    try:  # Kills the process after the timeout.
+        finished = subprocess.run(
+            command,
+            cwd=common.ROOT,
+            timeout=seconds,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         return False
-    if process.returncode:
-        raise RuntimeError(f"the driver ended with status {process.returncode}: {error}")
+    if finished.returncode:
+        raise RuntimeError(f"{command} ended with status {finished.returncode}: {finished.stderr}")
     return True
 
 
-def stage(run: Path) -> str:
-    """What the driver was at, by what is in the run folder."""
-    steps = {
-        "config.json": "before anything was written",
-        "vqvae.keras": "in the VQ-VAE's training",
-        "prior.keras": "in the prior's training",
-        "samples": "while sampling",
-        "metrics.json": "while measuring",
-        "report.html": "while drawing pictures and writing the report",
-    }
-    return next((what for name, what in steps.items() if not (run / name).exists()), "after the report was written")
+def current_step(run_dir: Path) -> str:
+    """Return what the driver was doing when it was killed, judging by the files of the run folder."""
+    missing = (step for name, step in STEPS.items() if not (run_dir / name).exists())
+    return next(missing, "after the report was written")
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Files that are not the same in two run folders; but for the logs, and the column of seconds."""
-
-    def contents(run: Path) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(run)): without_seconds(path) if path.name == "history.csv" else path.read_bytes()
-            for path in run.rglob("*")
-            if path.is_file() and path.relative_to(run).parts[0] != "logs"
-        }
-
-    first, second = contents(one), contents(other)
+    """Return the names of the files that differ between two run folders, apart from logs and the column of seconds."""
+    first, second = _contents(one), _contents(other)
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
-def without_seconds(history: Path) -> bytes:
-    rows = list(csv.DictReader(io.StringIO(history.read_text())))
+def _contents(run_dir: Path) -> dict[str, bytes]:
+    """Return the content of each file by its name."""
+    return {
+        str(path.relative_to(run_dir)): _without_seconds(path) if path.name == "history.csv" else path.read_bytes()
+        for path in run_dir.rglob("*")
+        if path.is_file() and path.relative_to(run_dir).parts[0] != "logs"
+    }
+
+
+def _without_seconds(history: Path) -> bytes:
+    rows = list(csv.DictReader(io.StringIO(history.read_text(encoding="utf-8"))))
     return json.dumps([{name: value for name, value in row.items() if name != "seconds"} for row in rows]).encode()
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(tyro.cli(Options, description=__doc__))["identical"] else 1)
+    sys.exit(0 if common.run_benchmark(main, Options, __doc__)["identical"] else 1)

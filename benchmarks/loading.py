@@ -1,51 +1,40 @@
-"""How fast slices get from PNG files to batches, and in how much memory, against the student work's way.
+"""Time and memory from PNG files to batches, compared with the loop of earlier student projects.
 
-    python benchmarks/loading.py [--data-dir FOLDER] [--image-size 256] [--num-slices 2000]
+    python -m benchmarks.loading [--data-dir FOLDER] [--image-size 256] [--num-slices 2000]
 
-Each way runs in a process of its own, three times in turn; the median counts. Both read the same files, from
-the system's cache, and end with one pass over all batches. The student work's way is a Python loop that calls
-`keras.utils.load_img` and makes a float array for each file, stacked at the end; once as it was (RGB, the
-default), once in grey. Memory is the process's peak less what it held once everything was imported.
+Each method runs in a process of its own, three times in turn; the median counts. All read the same files from the
+cache of the operating system and end with one pass over all batches. "ours" is dataset.py. "student" is a Python loop
+that calls `keras.utils.load_img` and makes one float array per file, which are stacked at the end: as it was written
+(RGB, the default of Keras), and in grey. Memory is the peak of the process, less what it held after the imports.
 """
 
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-import tyro
 
 import dataset
 import phantom
+from benchmarks import common
 
 
-@dataclass(frozen=True)
-class Options:
-    data_dir: Path | None = None  # folder of PNG slices; None writes synthetic ones
-    image_size: int = 256  # pixels; the files are resized to it
-    num_slices: int = 2000  # at most
-    repeats: int = 3  # of each way
+def load_ours(files: list[dataset.SliceFile], image_size: int) -> tf.data.Dataset:
+    """Return batches of 32 images as dataset.py makes them."""
+    images, _ = dataset.decode_pngs(files, image_size)
+    positions = np.array([file.position for file in files], np.int32)
+    subjects = np.array([file.subject for file in files])
+    return dataset.image_batches(dataset.Slices(images, positions, subjects), 32)
 
 
-def ours(files: list[dataset.SliceFile], image_size: int) -> tf.data.Dataset:
-    images, _ = dataset.decode(files, image_size)
-    cases, positions = [file.case for file in files], [file.position for file in files]
-    return dataset.image_batches(dataset.Slices(images, np.array(positions, np.int32), np.array(cases)), 32)
-
-
-def student(files: list[dataset.SliceFile], image_size: int, color_mode: str = "rgb") -> tf.data.Dataset:
+def load_rgb(files: list[dataset.SliceFile], image_size: int, color_mode: str = "rgb") -> tf.data.Dataset:
+    """Return batches of 32 images, from one float array per file."""
     images = []
     for file in files:
         image = keras.utils.load_img(file.path, color_mode=color_mode, target_size=(image_size, image_size))
@@ -53,64 +42,76 @@ def student(files: list[dataset.SliceFile], image_size: int, color_mode: str = "
     return tf.data.Dataset.from_tensor_slices(np.array(images)).batch(32)
 
 
-def student_grey(files: list[dataset.SliceFile], image_size: int) -> tf.data.Dataset:
-    return student(files, image_size, "grayscale")
+def load_grey(files: list[dataset.SliceFile], image_size: int) -> tf.data.Dataset:
+    """Return what `load_rgb` does, with a single channel."""
+    return load_rgb(files, image_size, "grayscale")
 
 
-WAYS = {"ours": ours, "student (RGB)": student, "student (grey)": student_grey}
+METHODS: dict[str, Callable[[list[dataset.SliceFile], int], tf.data.Dataset]] = {
+    "ours": load_ours,
+    "student (RGB)": load_rgb,
+    "student (grey)": load_grey,
+}
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+@dataclass(frozen=True)
+class Options:
+    """What to load, and how often."""
+
+    data_dir: Path | None = None  # folder of PNG slices; None writes synthetic ones
+    image_size: int = 256  # height and width in pixels that the files are resized to
+    num_slices: int = 2000  # at most
+    repeats: int = 3  # of each method
+    measure: str | None = None  # run this method once, in this process; the benchmark starts its child processes so
 
 
-def measure_here(way: str, data_dir: Path, image_size: int, num_slices: int) -> None:
-    """In a child process: print seconds, peak memory and slices."""
-    files = [file for split in dataset.find(data_dir).values() for file in split][:num_slices]
-    for _ in WAYS[way](files[:2], image_size):  # once, for whatever is made at first use
-        pass
-    before, begun = peak_bytes(), time.perf_counter()
-    for _ in WAYS[way](files, image_size):
-        pass
-    seconds = time.perf_counter() - begun
-    print(json.dumps({"seconds": seconds, "bytes": peak_bytes() - before, "slices": len(files)}))
-
-
-def main(options: Options) -> None:
+def main(options: Options) -> dict[str, Any]:
+    """Compare the methods and return their numbers by name, or run the one method of `options.measure`."""
+    if options.measure:
+        assert options.data_dir, "measure needs data_dir"
+        return measure(options.measure, options.data_dir, options.image_size, options.num_slices)
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         data_dir = options.data_dir
         if data_dir is None:
             data_dir = Path(folder)
-            phantom.write_pngs(data_dir, num_cases=-(-options.num_slices // phantom.NUM_POSITIONS))
-        results = {way: [] for way in WAYS}
+            phantom.write_pngs(data_dir, num_subjects=-(-options.num_slices // phantom.NUM_POSITIONS))
+        sizes = ["--image-size", options.image_size, "--num-slices", options.num_slices]
         for _ in range(options.repeats):
-            for way in WAYS:
-                child = [sys.executable, __file__, "measure", way, data_dir, options.image_size, options.num_slices]
-                output = subprocess.run(list(map(str, child)), stdout=subprocess.PIPE, text=True, check=True).stdout
-                results[way].append(json.loads(output.splitlines()[-1]))
+            for method, results in runs.items():
+                arguments = ["--measure", method, "--data-dir", data_dir.resolve(), *sizes]
+                results.append(common.run_child("benchmarks.loading", arguments))
 
-    slices = results["ours"][0]["slices"]
-    array = slices * options.image_size**2
-    print(f"{slices} slices at {options.image_size} × {options.image_size}, {os.cpu_count()} cores")
-    print(f"{'way':16} {'slices/s':>9} {'ratio':>7} {'peak MB':>9} {'of the uint8 array':>19}")
-    summary = {}
-    for way, runs in results.items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        peak = statistics.median(run["bytes"] for run in runs)
-        speedup = statistics.median(run["seconds"] for run in results[way]) / statistics.median(
-            run["seconds"] for run in results["ours"]
-        )
-        print(f"{way:16} {slices / seconds:9.0f} {1 / speedup:7.2f} {peak / 1e6:9.0f} {peak / array:18.2f}×")
-        summary[way] = {
-            "slices_per_second": slices / seconds,
-            "ours_is_faster_by": speedup,
-            "memory_ratio": peak / array,
+    num_slices = runs["ours"][0]["slices"]
+    array_bytes = num_slices * options.image_size**2
+    seconds = {method: statistics.median(run["seconds"] for run in results) for method, results in runs.items()}
+    numbers: dict[str, Any] = common.report_machine()
+    print(f"{num_slices} slices at {options.image_size} × {options.image_size}")
+    print(f"{'method':16} {'slices/s':>9} {'ratio':>7} {'peak MB':>9} {'of the uint8 array':>19}")
+    for method, results in runs.items():
+        speed, slower_by = num_slices / seconds[method], seconds[method] / seconds["ours"]
+        peak = statistics.median(run["bytes"] for run in results)
+        print(f"{method:16} {speed:9.0f} {1 / slower_by:7.2f} {peak / 1e6:9.0f} {peak / array_bytes:18.2f}×")
+        numbers[method] = {
+            "slices_per_second": speed,
+            "ours_is_faster_by": slower_by,
+            "memory_ratio": peak / array_bytes,
         }
-    print(json.dumps(summary))
+    return numbers
+
+
+def measure(method: str, data_dir: Path, image_size: int, num_slices: int) -> dict[str, Any]:
+    """Run one method in this process; returns seconds, bytes of memory, and the number of slices."""
+    files = [file for split in dataset.find(data_dir).values() for file in split][:num_slices]
+    load = METHODS[method]
+    for _ in load(files[:2], image_size):  # What is set up at the first use does not count.
+        pass
+    before, start = common.peak_memory(), time.perf_counter()
+    for _ in load(files, image_size):
+        pass
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": common.peak_memory() - before, "slices": len(files)}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:
-        measure_here(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
-    else:
-        main(tyro.cli(Options, description=__doc__))
+    common.run_benchmark(main, Options, __doc__)

@@ -1,100 +1,99 @@
-"""Which prior expects unseen people's codes best: what context, depth and the coarser level are worth.
+"""Priors compared on the codes of subjects they have not seen: context, depth, width, and what they are conditioned on.
 
-    python benchmarks/priors.py --run-dir runs/oasis128 --level 1 [--epochs 3]
+    python -m benchmarks.priors --run-dir runs/oasis128 --level 1 [--epochs 3]
 
-Trains variants of one level's prior on the codes of a finished run, from the same seed for equally many epochs, and
-prints weights, seconds an epoch and the best bits a code on the validation split. The run itself is only read.
+Trains variants of the prior of one level on the codes of a finished run, from the same seed and for the same number of
+epochs. Prints the number of weights, the seconds per epoch, and the lowest bits per code on the validation split. The
+run folder is only read.
 """
 
 import dataclasses
-import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import keras
-import tyro
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import tensorflow as tf
 
 import dataset
 import driver
 import model
+from benchmarks import common
+from generator import Generator
+from options import from_json
+from run import RunError, read_config
+from training import make_optimizer
 
 
 @dataclass(frozen=True)
 class Options:
+    """What to train, and for how long."""
+
     run_dir: Path  # a finished run
-    level: int = 0  # whose codes, 0 the coarsest
+    level: int = 0  # whose codes to train on; 0 is the coarsest
     epochs: int = 3
 
 
-def read_config(run_dir: Path) -> driver.Config:
-    """The configuration of a run."""
-    constants = json.loads((run_dir / "config.json").read_text())["constants"]
-    constants |= {name: tuple(constants[name]) for name in ("grids", "sample_positions")}
-    constants["data_dir"] = constants["data_dir"] and Path(constants["data_dir"])
-    return driver.Config(**constants, run_dir=run_dir)
-
-
-def variants(config: driver.Config, level: int) -> dict[str, model.PixelCNN]:
-    """The untrained priors to compare, by name."""
+def make_variants(config: driver.Config, level: int) -> dict[str, model.PixelCNN]:
+    """Return the untrained priors to compare, by name."""
     filters = "bottom_prior_filters" if level else "prior_filters"
 
-    def make(**constants) -> model.PixelCNN:
+    def make(**constants: Any) -> model.PixelCNN:
         return driver.make_prior(dataclasses.replace(config, **constants), level)
 
     priors = {
         "as configured": make(),
         "5 x 5 kernels": make(prior_kernel_size=5),
-        "half as many blocks again": make(prior_blocks=config.prior_blocks * 3 // 2),
-        "half as many filters again": make(**{filters: getattr(config, filters) * 3 // 2}),
+        "1.5 times the blocks": make(prior_blocks=config.prior_blocks * 3 // 2),
+        "1.5 times the filters": make(**{filters: getattr(config, filters) * 3 // 2}),
         "plain": make(prior="plain"),
-        "not told the position": make(prior_uses_position=False),
+        "without slice position": make(prior_uses_position=False),
     }
     with mock.patch.object(model, "block_dilations", lambda grid, first, kernel, blocks: [1] * blocks):
-        priors["no dilation"] = make()
+        priors["without dilation"] = make()
     if level:
-        settings = {**priors["as configured"].settings, "coarse_grid_size": None}
+        settings: dict[str, Any] = {**priors["as configured"].settings, "coarse_grid_size": None}
         keras.utils.set_random_seed(config.seed)
-        priors["not told the top"] = model.PixelCNN(**settings)
+        priors["without the top level"] = model.PixelCNN(**settings)
     return priors
 
 
-def main(options: Options) -> None:
-    config = read_config(options.run_dir)
-    slices = dataset.load(config.data_dir, config.image_size, config.seed)
-    vqvae = keras.saving.load_model(options.run_dir / "vqvae.keras", compile=False)
-    train, validate = slices["train"], slices["validate"]
-    codes = {split: driver.encode(vqvae, slices[split].images, 16) for split in ("train", "validate")}
-    steps = dataset.steps_per_epoch(len(train), config.batch_size)
-    summary = {}
-    print(f"{'prior':28} {'weights':>10} {'s an epoch':>11} {'bits a code':>12}")
-    for name, prior in variants(config, options.level).items():
-        prior.compile(driver.make_optimizer(config.prior_learning_rate, options.epochs, steps))
-        begun = time.monotonic()
-        told = prior.coarse_grid_size is not None
+def main(options: Options) -> dict[str, Any]:
+    """Train all variants and return their numbers by name."""
+    saved = read_config(options.run_dir)
+    if saved is None:
+        raise RunError(f"run_dir is {options.run_dir}: contains no run; choose the folder of a finished one")
+    config = from_json(driver.Config, saved["constants"])
+    slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
+    generator = Generator.load(options.run_dir)
+    codes = {split: generator.encode(slices[split].images) for split in ("train", "validate")}
+    steps = dataset.steps_per_epoch(len(slices["train"]), config.batch_size)
+    numbers: dict[str, Any] = common.report_machine()
+    print(f"{'prior':28} {'weights':>10} {'s per epoch':>11} {'bits per code':>13}")
+    for name, prior in make_variants(config, options.level).items():
+
+        def batches(split: str, prior: model.PixelCNN = prior, seed: int | None = None) -> tf.data.Dataset:
+            coarse = codes[split][options.level - 1] if prior.coarse_grid_size else None
+            positions = slices[split].positions
+            return dataset.code_batches(codes[split][options.level], positions, config.batch_size, seed, coarse=coarse)
+
+        prior.compile(make_optimizer(config.prior_learning_rate, options.epochs, steps))
+        start = time.monotonic()
         history = prior.fit(
-            batches(config, codes["train"], train, options.level, told, config.seed),
+            batches("train", seed=config.seed),
             epochs=options.epochs,
             steps_per_epoch=steps,
             shuffle=False,
-            validation_data=batches(config, codes["validate"], validate, options.level, told),
+            validation_data=batches("validate"),
             verbose=0,
         ).history
-        seconds, bits = (time.monotonic() - begun) / options.epochs, min(history["val_bits_per_code"])
-        print(f"{name:28} {prior.count_params():>10,} {seconds:>11.0f} {bits:>12.3f}", flush=True)
-        summary[name] = {"weights": prior.count_params(), "seconds": seconds, "bits_per_code": bits}
-    print(json.dumps(summary))
-
-
-def batches(config: driver.Config, codes: list, held: dataset.Slices, level: int, told: bool, seed: int | None = None):
-    """Batches of a level's codes; with the coarser level's where the prior is told them."""
-    coarse = codes[level - 1] if told else None
-    return dataset.code_batches(codes[level], held.positions, config.batch_size, seed, coarse=coarse)
+        seconds, bits = (time.monotonic() - start) / options.epochs, min(history["val_bits_per_code"])
+        print(f"{name:28} {prior.count_params():>10,} {seconds:>11.0f} {bits:>13.3f}", flush=True)
+        numbers[name] = {"weights": prior.count_params(), "seconds": seconds, "bits_per_code": bits}
+    return numbers
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    common.run_benchmark(main, Options, __doc__)

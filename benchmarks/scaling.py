@@ -1,43 +1,39 @@
-"""What more devices give, and what more images, pixels, codes and a larger codebook cost.
+"""What more devices gain, and what more images, larger images, more codes and a larger codebook cost.
 
-    python benchmarks/scaling.py                       on TensorFlow
-    KERAS_BACKEND=jax python benchmarks/scaling.py     on JAX
+    python -m benchmarks.scaling                       on TensorFlow
+    KERAS_BACKEND=jax python -m benchmarks.scaling     on JAX
 
-First images a second of training on one device and on two, and the share of a step that the devices spend exchanging
-gradients: the time of one such exchange by itself, over the step's. Where there are no two GPUs, two logical devices
-share the CPU, which shows that it works and nothing more. Then one constant at a time is changed: seconds for 1,000
-images of training, milliseconds for drawing a grid of codes, and the peak memory of the process. Last, what measuring
-new brains takes with more slices to compare.
+The first table shows the images per second of training on one device and on two, and the fraction of a step that the
+devices spend on exchanging gradients: the time of such an exchange alone, divided by that of a step. If there are no
+two GPUs, two logical devices share the CPU; that tests the code but gains no time. The second table changes one
+constant at a time: seconds of training per 1,000 images, milliseconds of sampling per grid of codes, and the peak
+memory of the process. The third shows the time of comparing samples with more test and training slices.
 
-Each row is measured in a process of its own, on random images and codes, by the driver's own pipelines and `fit`.
-Prints tables, then its numbers as JSON.
+Each row is measured in a process of its own, on random images and codes, with the input pipelines of dataset.py and
+`fit`.
 """
 
 import json
-import os
-import resource
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-import tyro
 
 import dataset
 import devices
 import driver
 import metrics
 import sampling
+from benchmarks import common
+from options import check, check_devices
+from training import make_optimizer
 
-DRAWN = 20  # grids of codes at once
-VARIANTS = {  # of the default constants, but for "images", how many are held
+SAMPLES = 20  # number of grids of codes that are sampled together
+VARIANTS: dict[str, dict[str, Any]] = {  # changes of the default constants, and "images", the number of slices
     "default: 96 × 96, grid 12, 512 codes": {},
     "four times the images": {"images": 11_520},
     "image 192 × 192, grid 24": {"image_size": 192, "grids": [24]},
@@ -48,7 +44,7 @@ VARIANTS = {  # of the default constants, but for "images", how many are held
     "2,048 codes": {"num_embeddings": 2048},
     "8,192 codes": {"num_embeddings": 8192},
 }
-COMPARED = ((360, 2880), (360, 11_520), (1440, 2880))  # test and training slices, 24 of a person
+COMPARISONS = ((360, 2880), (360, 11_520), (1440, 2880))  # number of test and training slices, 24 per subject
 
 
 @dataclass(frozen=True)
@@ -56,160 +52,153 @@ class Options:
     """How much to measure."""
 
     steps: int = 12  # timed for each number
-    measure: str | None = None  # constants of one row, as JSON: what the processes are started with
+    measure: str | None = None  # changes of one row, as JSON; the benchmark starts its child processes with it
 
 
-def main(options: Options) -> dict:
+def main(options: Options) -> dict[str, Any]:
+    """Measure all rows in child processes, or the one of `options.measure` in this process; returns the numbers."""
     if options.measure:
-        changed = json.loads(options.measure)
-        row = compare(**changed) if "test" in changed else measure(changed, options.steps)
-        print(json.dumps(row))
-        return row
-    result = {"backend": keras.backend.backend(), "devices": {}, "growth": {}, "measuring": {}}
+        changes = json.loads(options.measure)
+        return measure_comparison(**changes) if "test" in changes else measure_training(changes, options.steps)
+    numbers: dict[str, Any] = {"backend": keras.backend.backend(), **common.report_machine(in_child=True)}
+    numbers |= {"devices": {}, "growth": {}, "measuring": {}}
     print(f"{'devices':>8s}  {'VQ-VAE images/s':>16s} {'exchange':>9s}  {'prior images/s':>15s} {'exchange':>9s}")
     for count in (1, 2):
-        row = result["devices"][str(count)] = measured({"devices": count}, options.steps)
+        row = numbers["devices"][str(count)] = measure_in_child({"devices": count}, options.steps)
         speeds = [
             f"{row[f'{stage}_images_per_s']:15.1f} {row[f'{stage}_exchange']:9.1%}" for stage in ("vqvae", "prior")
         ]
         print(f"{count:8d}   {'   '.join(speeds)}   ({row['where']})", flush=True)
-    print(f"\n{'':38s} {'VQ-VAE':>9s} {'prior':>9s} {'a grid':>9s} {'memory':>9s}")
-    for name, changed in VARIANTS.items():
-        row = result["growth"][name] = measured(changed, options.steps)
-        times = [1000 / row[f"{stage}_images_per_s"] for stage in ("vqvae", "prior")]
+    print(f"\n{'1,000 images or one grid':38s} {'VQ-VAE':>9s} {'prior':>9s} {'sampling':>9s} {'memory':>9s}")
+    for name, changes in VARIANTS.items():
+        row = numbers["growth"][name] = measure_in_child(changes, options.steps)
+        vqvae, prior = (1000 / row[f"{stage}_images_per_s"] for stage in ("vqvae", "prior"))
         print(
-            f"{name:38s} {times[0]:7.1f} s {times[1]:7.1f} s {row['ms_per_grid']:6.0f} ms {row['peak_mb']:6.0f} MB",
+            f"{name:38s} {vqvae:7.1f} s {prior:7.1f} s {row['ms_per_grid']:6.0f} ms {row['peak_mb']:6.0f} MB",
             flush=True,
         )
-    print(f"\n{'test slices':>12s} {'training slices':>16s} {'measuring':>10s} {'memory':>9s}")
-    for test, train in COMPARED:
-        row = result["measuring"][f"{test}, {train}"] = measured({"test": test, "train": train}, options.steps)
-        print(f"{test:12d} {train:16d} {row['seconds']:8.0f} s {row['peak_mb']:6.0f} MB", flush=True)
-    print(json.dumps(result))
-    return result
+    print(f"\n{'test slices':>12s} {'training slices':>16s} {'comparison':>11s} {'memory':>9s}")
+    for test, train in COMPARISONS:
+        row = measure_in_child({"test": test, "train": train}, options.steps)
+        numbers["measuring"][f"{test}, {train}"] = row
+        print(f"{test:12d} {train:16d} {row['seconds']:9.0f} s {row['peak_mb']:6.0f} MB", flush=True)
+    return numbers
 
 
-def measured(changed: dict, steps: int) -> dict:
-    """`measure` in a process of its own, with two devices if they are wanted."""
-    environment = dict(os.environ)
-    if changed.get("devices") == 2 and devices.on_jax():
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # has no effect on GPUs
-    command = [sys.executable, __file__, "--steps", str(steps), "--measure", json.dumps(changed)]
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(printed.splitlines()[-1])
+def measure_in_child(changes: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Measure one row in a child process, which has two devices if they are needed."""
+    environment = {}
+    if changes.get("devices") == 2 and devices.on_jax():
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # Has no effect on GPUs.
+    return common.run_child("benchmarks.scaling", ["--steps", steps, "--measure", json.dumps(changes)], **environment)
 
 
-def measure(changed: dict, steps: int) -> dict:
-    """Speeds, the share of a step spent exchanging, and peak memory, with some constants changed."""
-    images = changed.pop("images", 2880)
-    config = driver.Config(**changed)
-    if config.devices > 1 and not devices.on_jax() and not tf.config.list_physical_devices("GPU"):
-        halves = [tf.config.LogicalDeviceConfiguration()] * config.devices
-        tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], halves)
-    driver.check(config)
-    driver.check_devices(config)
-    random, size, grid = np.random.default_rng(0), config.image_size, config.grids[0]
-    held = dataset.Slices(
-        random.integers(0, 256, (images, size, size, 1), np.uint8),
-        np.arange(images, dtype=np.int32) % 32,
-        np.array(["case"] * images),
+def random_slices(count: int, size: int, num_positions: int, name: str) -> dataset.Slices:
+    """Return slices (count, size, size, 1) of noise, with `num_positions` per subject."""
+    indices = np.arange(count)
+    return dataset.Slices(
+        np.random.default_rng(0).integers(0, 256, (count, size, size, 1), np.uint8),
+        (indices % num_positions).astype(np.int32),
+        np.array([f"{name} {subject}" for subject in indices // num_positions]),
     )
-    codes = random.integers(0, config.num_embeddings, (images, grid, grid), np.int32)
-    batches = {
-        "vqvae": dataset.image_batches(held, config.batch_size, config.seed, augmented=config.augment),
-        "prior": driver.prior_batches(config, [codes], held, 0, config.seed),
+
+
+def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Measure both stages with some constants changed: speeds, fractions of exchange, and peak memory."""
+    images = changes.pop("images", 2880)
+    config = driver.Config(**changes)
+    if config.devices > 1 and not devices.on_jax() and not tf.config.list_physical_devices("GPU"):
+        logical_devices = [tf.config.LogicalDeviceConfiguration()] * config.devices
+        tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], logical_devices)
+    check(config)
+    check_devices(config)
+    slices = random_slices(images, config.image_size, num_positions=32, name="subject")
+    grid = config.grids[0]
+    codes = np.random.default_rng(1).integers(0, config.num_embeddings, (images, grid, grid), np.int32)
+    variance = dataset.pixel_variance(slices)
+    stages: dict[str, tuple[Callable[[], keras.Model], tf.data.Dataset]] = {
+        "vqvae": (
+            lambda: driver.make_vqvae(config, variance),
+            dataset.image_batches(slices, config.batch_size, config.seed, augmented=config.augment),
+        ),
+        "prior": (
+            lambda: driver.make_prior(config),
+            dataset.code_batches(codes, slices.positions, config.batch_size, config.seed),
+        ),
     }
-    makers = {"vqvae": lambda: driver.make_vqvae(config, held), "prior": lambda: driver.make_prior(config)}
-    row = {"where": devices.described(config.devices)}
-    for stage, make in makers.items():
-        with devices.spread(config.devices):
+    row: dict[str, Any] = {"where": devices.describe(config.devices)}
+    for stage, (make, batches) in stages.items():
+        with devices.distribution_scope(config.devices):
             network = make()
-            network.compile(driver.make_optimizer(1e-4, 1, 1000))
-            clock = Clock()
-            network.fit(batches[stage], steps_per_epoch=steps, epochs=4, shuffle=False, verbose=0, callbacks=[clock])
-            step = min(clock.seconds[1:]) / steps  # the first epoch compiles
+            network.compile(make_optimizer(1e-4, 1, 1000))
+            timer = EpochTimer()
+            network.fit(batches, steps_per_epoch=steps, epochs=4, shuffle=False, verbose=0, callbacks=[timer])
+            step = min(timer.seconds[1:]) / steps  # The first epoch includes compilation.
             exchange = exchange_seconds(network, config.devices) if config.devices > 1 else 0.0
         row[f"{stage}_images_per_s"] = config.batch_size / step
         row[f"{stage}_exchange"] = exchange / step
-    prior, told = makers["prior"](), [np.zeros(DRAWN, np.int32)]
-    draw = sampling.compiled(lambda uniforms, *told: sampling.draw_batch(prior, uniforms, told))
-    uniforms = random.random((DRAWN, grid**2), np.float32)
-    for _ in range(2):  # the first time compiles
-        begun = time.perf_counter()
-        keras.ops.convert_to_numpy(draw(uniforms, *told))
-    row["ms_per_grid"] = 1000 * (time.perf_counter() - begun) / DRAWN
-    return row | {"peak_mb": peak_mb()}
+    prior, positions = driver.make_prior(config), np.zeros(SAMPLES, np.int32)
+    sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, [p]))
+    uniforms = np.random.default_rng(2).random((SAMPLES, grid**2), np.float32)
+    seconds = common.time_runs(lambda: keras.ops.convert_to_numpy(sample(uniforms, positions)), 1)[0]
+    return row | {"ms_per_grid": 1000 * seconds / SAMPLES, "peak_mb": common.peak_memory() / 1e6}
 
 
-def compare(test: int, train: int) -> dict:
-    """Seconds of `metrics.sample_metrics`, and peak memory."""
+def measure_comparison(test: int, train: int) -> dict[str, float]:
+    """Measure the seconds of `metrics.sample_metrics`, and the peak memory, for these numbers of slices."""
+    test_slices = random_slices(test, 96, num_positions=24, name="test")
+    training_slices = random_slices(train, 96, num_positions=24, name="train")
     random = np.random.default_rng(0)
-    splits = [
-        dataset.Slices(
-            random.integers(0, 256, (count, 96, 96, 1), np.uint8),
-            np.arange(count, dtype=np.int32) % 24,
-            np.array([f"{name} {i // 24}" for i in range(count)]),
-        )
-        for name, count in (("test", test), ("train", train))
-    ]
-    drawn, decoded = (random.random((test, 96, 96, 1), np.float32) for _ in range(2))
-    begun = time.perf_counter()
-    metrics.sample_metrics(drawn, decoded, *splits, seed=0)
-    return {"seconds": time.perf_counter() - begun, "peak_mb": peak_mb()}
+    samples, reconstructions = (random.random((test, 96, 96, 1), np.float32) for _ in range(2))
+    start = time.perf_counter()
+    metrics.sample_metrics(samples, reconstructions, test_slices, training_slices, seed=0)
+    return {"seconds": time.perf_counter() - start, "peak_mb": common.peak_memory() / 1e6}
 
 
-def peak_mb() -> float:
-    """The most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class EpochTimer(keras.callbacks.Callback):
+    """Measures the seconds of each epoch."""
 
-
-class Clock(keras.callbacks.Callback):
-    """Seconds of each epoch."""
-
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.seconds = []
+        self.seconds: list[float] = []
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.begun = time.perf_counter()
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self.start = time.perf_counter()
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self.begun)
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
 
 
 def exchange_seconds(network: keras.Model, count: int) -> float:
-    """Time of adding up, over the devices, arrays of the shapes of the network's gradients."""
+    """Return the time of summing, over the devices, arrays of the shapes of the network's gradients."""
     shapes = [tuple(variable.shape) for variable in network.trainable_variables]
     exchange = _jax_exchange(shapes, count) if devices.on_jax() else _tensorflow_exchange(shapes)
-    seconds = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        exchange()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+    return min(common.time_runs(exchange, 5))
 
 
-def _tensorflow_exchange(shapes: list[tuple[int, ...]]):
+def _tensorflow_exchange(shapes: list[tuple[int, ...]]) -> Callable[[], object]:
     strategy = tf.distribute.get_strategy()
 
-    def add_up():
+    def sum_gradients() -> tf.Tensor:
         gradients = [tf.ones(shape) for shape in shapes]
-        summed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-        return tf.add_n([tf.reduce_sum(gradient) for gradient in summed])
+        sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        return tf.add_n([tf.reduce_sum(gradient) for gradient in sums])
 
-    run = tf.function(lambda: strategy.run(add_up))
+    run = tf.function(lambda: strategy.run(sum_gradients))
     return lambda: [part.numpy() for part in strategy.experimental_local_results(run())]
 
 
-def _jax_exchange(shapes: list[tuple[int, ...]], count: int):
+def _jax_exchange(shapes: list[tuple[int, ...]], count: int) -> Callable[[], object]:
     import jax
 
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:count]), ("batch",))
-    split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (["batch"], []))
+    split, replicated = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (["batch"], [])
+    )
     gradients = [jax.device_put(np.ones((count, *shape), np.float32), split) for shape in shapes]
-    run = jax.jit(lambda arrays: [array.sum(0) for array in arrays], out_shardings=whole)
+    run = jax.jit(lambda arrays: [array.sum(0) for array in arrays], out_shardings=replicated)
     return lambda: jax.block_until_ready(run(gradients))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    common.run_benchmark(main, Options, __doc__)

@@ -2,9 +2,11 @@
 
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import console
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+console.import_tensorflow()
 
 import keras
 import pytest

@@ -1,7 +1,9 @@
-"""Training on two devices, and in two processes, is training on one: on CPUs, in processes of their own."""
+"""Training on two devices, or in two processes, equals training on one. Each case runs on CPUs in processes of its
+own."""
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import console
 import devices
-import model
 import phantom
 from benchmarks import kill
 
-ROOT = Path(model.__file__).parent
+ROOT = Path(devices.__file__).parent
 
 TWO_CPUS = """
 import sys
@@ -24,24 +26,24 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 """
 
-TRAIN = """
+TRAIN_ON_ONE_AND_TWO = """
 import json
 import keras, numpy as np
 import dataset, devices, model
 
 def train(count, codebook, grids):
     keras.utils.set_random_seed(0)
-    with devices.spread(count):
+    with devices.distribution_scope(count):
         settings = {"channels": 4, "residual_blocks": 1, "num_embeddings": 32, "embedding_dim": 4}
-        vqvae = model.VQVAE(32, grids, codebook=codebook, restart_below=0.5, data_variance=0.1, **settings)
+        vqvae = model.VQVAE(32, grids, codebook=codebook, dead_code_threshold=0.5, data_variance=0.1, **settings)
         vqvae.compile(keras.optimizers.SGD(0.05))
-    random = np.random.default_rng(0)
-    images = (random.random((40, 32, 32, 1)) * 255).astype(np.uint8)
-    held = dataset.Slices(images, np.zeros(40, np.int32), np.array(["case"] * 40))
-    ten = dataset.Slices(images[:10], np.zeros(10, np.int32), np.array(["case"] * 10))
+    images = (np.random.default_rng(0).random((40, 32, 32, 1)) * 255).astype(np.uint8)
+    positions, subjects = np.zeros(40, np.int32), np.array(["case"] * 40)
+    train_slices = dataset.Slices(images, positions, subjects)
+    validation_slices = dataset.Slices(images[:10], positions[:10], subjects[:10])
     history = vqvae.fit(
-        dataset.image_batches(held, 8, seed=0), steps_per_epoch=1, epochs=5, shuffle=False, verbose=0,
-        validation_data=dataset.image_batches(ten, 8),
+        dataset.image_batches(train_slices, 8, seed=0), steps_per_epoch=1, epochs=5, shuffle=False, verbose=0,
+        validation_data=dataset.image_batches(validation_slices, 8),
     ).history
     embeddings = [keras.ops.convert_to_numpy(quantizer.embeddings).tolist() for quantizer in vqvae.quantizers]
     return {**history, "embeddings": embeddings}
@@ -50,52 +52,53 @@ codebook, grids = sys.argv[1], json.loads(sys.argv[2])
 print(json.dumps([train(count, codebook, grids) for count in (1, 2)]))
 """
 
-# The driver, or what of it trains; returns what each epoch ends with.
+# Defines a function that runs the driver, by default without what follows training, and returns the logs of each epoch.
 DRIVE = """
 import json, shutil, sys
-import checkpoint, driver
+import console, driver, options, training
 
-use = driver.use
+evaluate = driver.evaluate
 
-def drive(arguments, after_first_epoch=None, to_the_end=False):
+def drive(arguments, after_first_epoch=None, with_evaluation=False):
     rows = []
 
-    def keep(self, epoch, logs=None):
-        saved(self, epoch, logs)
+    def record(self, epoch, logs=None):
+        on_epoch_end(self, epoch, logs)
         rows.append(logs)
         if len(rows) == 1 and after_first_epoch:
             after_first_epoch()
 
-    saved, checkpoint.Checkpoint.on_epoch_end = checkpoint.Checkpoint.on_epoch_end, keep
+    callback = training.ResumableEarlyStopping
+    on_epoch_end, callback.on_epoch_end = callback.on_epoch_end, record
     try:
-        driver.use = use if to_the_end else lambda *made: {}
-        driver.main(driver.parse(arguments))
+        driver.evaluate = evaluate if with_evaluation else lambda *arguments: {}
+        driver.main(options.parse(driver.Config, arguments, ""))
     finally:
-        checkpoint.Checkpoint.on_epoch_end = saved
+        callback.on_epoch_end = on_epoch_end
     return rows
 """
 
-ALONE_AND_STOPPED = """
+UNINTERRUPTED_AND_STOPPED = """
 def stop():
-    raise checkpoint.Stopped(15)
+    raise console.Stopped(15)
 
-alone, stopped, *arguments = sys.argv[1:]
-drive([*arguments, "--run-dir", alone])
+uninterrupted, stopped, *arguments = sys.argv[1:]
+drive([*arguments, "--run-dir", uninterrupted])
 try:
     drive([*arguments, "--run-dir", stopped], stop)
-except checkpoint.Stopped:
+except console.Stopped:
     print(len(drive([*arguments, "--run-dir", stopped])))
 """
 
 ONE_DEVICE_AND_TWO = """
 one, two, stopped, *arguments = sys.argv[1:]
-rows = drive([*arguments, "--run-dir", one], lambda: shutil.copytree(one, stopped), to_the_end=True)
+rows = drive([*arguments, "--run-dir", one], lambda: shutil.copytree(one, stopped), with_evaluation=True)
 print(json.dumps([rows, drive([*arguments, "--run-dir", two, "--devices", "2"])]))
 """
 
 ONE_OF_TWO_PROCESSES = """
 print(json.dumps(drive(sys.argv[1:])))
-driver.devices.end(0)
+driver.devices.exit_process(0)
 """
 
 
@@ -105,75 +108,76 @@ ON_JAX = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS
 
 
 def start(code: str, *arguments, **environment) -> subprocess.Popen:
+    """Run Python code in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
 
 
 def printed(process: subprocess.Popen, status: int = 0) -> str:
-    """The last line that a process prints."""
-    output, error = process.communicate(timeout=200)
-    assert process.returncode == status, error
+    """Return the last line that a process prints, and require its exit status."""
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == status, errors
     return output.splitlines()[-1] if output else ""
 
 
 @pytest.mark.parametrize(("codebook", "grids"), [("ema", [4, 8]), ("gradient", [4])])
-def test_two_devices_train_as_one_does_restarts_and_all(codebook, grids):
-    one, two = json.loads(printed(start(TWO_CPUS + TRAIN, codebook, grids)))
+def test_two_devices_train_like_one_and_restart_the_same_dead_codes(codebook, grids):
+    one, two = json.loads(printed(start(TWO_CPUS + TRAIN_ON_ONE_AND_TWO, codebook, grids)))
     assert one.keys() == two.keys()
     assert len(one["loss"]) == 5
     for name, expected in one.items():
         if name == "embeddings":
             for a, b in zip(expected, two[name], strict=True):
-                assert [row for codes in b for row in codes] == pytest.approx(
-                    [row for codes in a for row in codes], rel=1e-3, abs=1e-4
-                )
+                np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
         else:
             assert two[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
-def test_one_process_is_the_first_and_agrees_with_itself():
-    assert devices.processes() == (0, 1)
-    assert devices.is_first()
-    assert devices.from_first({"seed": 1}) == {"seed": 1}
-    assert devices.described(1) == "TensorFlow, 1 CPU"
-    with devices.joined(None):
-        devices.leave()
+def test_a_single_process_is_the_main_process():
+    assert devices.process_index_and_count() == (0, 1)
+    assert devices.is_main_process()
+    assert devices.broadcast_from_main({"seed": 1}) == {"seed": 1}
+    assert devices.describe(1) == "training on 1 CPU with TensorFlow"
+    with devices.join_processes(None):
+        devices.shutdown()
 
 
 def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
-    monkeypatch.setattr(devices, "WAIT", 0)
+    monkeypatch.setattr(devices, "WAIT_SECONDS", 0)
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
-        devices._reach(address)
-    with pytest.raises(devices.ProcessError) as error:
-        devices._reach(address)
-    assert str(error.value).startswith(f"coordinator is {address}: nobody answers there (")
-    assert str(error.value).endswith("); start the first process on that machine, with process_index 0")
+        devices._wait_for_coordinator(address)
+    with pytest.raises(devices.ProcessError, match=f"coordinator is {re.escape(address)}: .*process_index 0") as error:
+        devices._wait_for_coordinator(address)
+    assert isinstance(error.value, console.UserError)
+    assert console.one_line(error.value) == str(error.value)
 
 
 @pytest.fixture(scope="module")
-def constants(tmp_path_factory) -> list:
+def arguments(tmp_path_factory) -> list:
+    """Command line of a small run."""
     folder = tmp_path_factory.mktemp("slices")
-    phantom.write_pngs(folder, num_cases=6, num_positions=4, image_size=32)
+    phantom.write_pngs(folder, num_subjects=6, num_positions=4, image_size=32)
     return ["--data-dir", folder, *kill.CONSTANTS, "--vqvae-epochs", "2", "--prior-epochs", "1"]
 
 
-def test_a_run_on_two_devices_that_was_stopped_ends_with_the_same_bytes(tmp_path, constants):
-    alone, stopped = tmp_path / "alone" / "run", tmp_path / "stopped" / "run"
-    assert printed(start(TWO_CPUS + DRIVE + ALONE_AND_STOPPED, alone, stopped, *constants, "--devices", "2")) == "2"
-    assert kill.differences(alone, stopped) == []
+def test_a_stopped_run_on_two_devices_ends_bitwise_identical(tmp_path, arguments):
+    uninterrupted, stopped = tmp_path / "uninterrupted" / "run", tmp_path / "stopped" / "run"
+    process = start(TWO_CPUS + DRIVE + UNINTERRUPTED_AND_STOPPED, uninterrupted, stopped, *arguments, "--devices", "2")
+    assert printed(process) == "2"
+    assert kill.differences(uninterrupted, stopped) == []
     assert (stopped / "prior.keras").exists()
 
 
-def test_on_jax_two_devices_and_two_processes_train_as_one_does_and_go_on(tmp_path, constants):
+def test_on_jax_two_devices_and_two_processes_train_like_one_device_and_resume(tmp_path, arguments):
     pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
     folders = [tmp_path / name for name in ("one", "two", "stopped")]
-    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *constants, **ON_JAX)))
+    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *arguments, **ON_JAX)))
     assert len(one) == 3
     assert np.isfinite(json.loads((folders[0] / "metrics.json").read_text())["ssim"])
     assert json.loads((folders[0] / "config.json").read_text())["versions"]["backend"] == "jax"
@@ -184,9 +188,9 @@ def test_on_jax_two_devices_and_two_processes_train_as_one_does_and_go_on(tmp_pa
         port = free.getsockname()[1]
     together = ["--run-dir", folders[-1], "--coordinator", f"localhost:{port}", "--num-processes", 2]
     processes = [
-        start(DRIVE + ONE_OF_TWO_PROCESSES, *constants, *together, "--process-index", i, **ON_JAX) for i in range(2)
+        start(DRIVE + ONE_OF_TWO_PROCESSES, *arguments, *together, "--process-index", i, **ON_JAX) for i in range(2)
     ]
-    first, second = (json.loads(printed(process)) for process in processes)
-    assert first == second
-    assert first == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in one[1:]]
+    main_rows, other_rows = (json.loads(printed(process)) for process in processes)
+    assert main_rows == other_rows
+    assert main_rows == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in one[1:]]
     assert len((folders[-1] / "history.csv").read_text().splitlines()) == 1 + len(one)

@@ -310,7 +310,7 @@ def test_slices_that_cannot_be_read_are_left_out_if_asked(finished, tmp_path, mo
 
 
 def driver_process(folder: Path) -> subprocess.Popen:
-    line = [sys.executable, str(kill.DRIVER), "--data-dir", str(folder / "slices"), *kill.CONSTANTS]
+    line = [sys.executable, str(ROOT / "driver.py"), "--data-dir", str(folder / "slices"), *kill.CONSTANTS]
     line += ["--vqvae-epochs", "2", "--prior-epochs", "2", "--run-dir", str(folder / "killed" / "run")]
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
