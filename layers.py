@@ -509,7 +509,7 @@ class GatedBlock(keras.layers.Layer):
         self.last = last
         self.vertical = MaskedConv2D(2 * filters, kernel_size, "vertical B", dilation, name="vertical")
         self.horizontal = MaskedConv2D(2 * filters, kernel_size, "horizontal B", dilation, name="horizontal")
-        self.vertical_to_horizontal = keras.layers.Dense(2 * filters, use_bias=False, name="vertical_to_horizontal")
+        self.across = keras.layers.Dense(2 * filters, use_bias=False, name="across")  # vertical to horizontal stack
         self.condition = keras.layers.Dense(2 * filters, use_bias=False, name="condition")
         self.vertical_out = None if last else keras.layers.Dense(filters, name="vertical_out")
         self.horizontal_out = keras.layers.Dense(filters, name="horizontal_out")
@@ -527,7 +527,7 @@ class GatedBlock(keras.layers.Layer):
         """
         condition = self.condition(condition)
         above = self.vertical(vertical)
-        left = self.horizontal(horizontal) + self.vertical_to_horizontal(above) + condition
+        left = self.horizontal(horizontal) + self.across(above) + condition
         return self.update_vertical(vertical, above + condition), self.update_horizontal(horizontal, left, training)
 
     def update_vertical(self, vertical: Tensor, gate: Tensor) -> Tensor:

@@ -435,7 +435,7 @@ class PixelCNN(keras.Model):
                     keras.layers.ReLU(name="relu"),
                     keras.layers.Conv2DTranspose(filters, 2 * ratio, strides=ratio, padding="same", name="up"),
                 ],
-                name="coarse_network",
+                name="coarse",
             )
         if gated:
             self.first_vertical = MaskedConv2D(filters, self.FIRST_KERNEL, "vertical A", name="first_vertical")

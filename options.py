@@ -66,14 +66,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "image_size": 64,
             "grids": (8,),
-            "channels": 16,
-            "residual_blocks": 1,
+            "channels": 24,
             "num_embeddings": 128,
             "embedding_dim": 16,
-            "vqvae_epochs": 12,
+            "vqvae_epochs": 9,
             "prior_filters": 64,
             "prior_blocks": 4,
-            "prior_epochs": 12,
+            "prior_epochs": 10,
         },
     ),
     "student96": (

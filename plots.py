@@ -194,7 +194,7 @@ def samples_by_position(
         _image(grid[0, column], originals[column], title=f"slice {positions[column]}")
         for row in range(rows):
             _image(grid[row + 1, column], images[column, row])
-    grid[0, 0].set_ylabel("real")
+    grid[0, 0].set_ylabel("test slice")
     for axes in grid[1:, 0]:
         axes.set_ylabel("generated")
     _save(figure, path)

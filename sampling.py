@@ -195,7 +195,7 @@ def _cached_gated(
         for block, cache in zip(blocks, row_caches[1:], strict=True):
             new_row_caches.append(_append(cache, vertical))
             above, projected = block.vertical.convolve_rows(new_row_caches[-1]), block.condition(condition)
-            from_above.append(block.vertical_to_horizontal(above) + projected)
+            from_above.append(block.across(above) + projected)
             vertical = block.update_vertical(vertical, above + projected)
 
         def next_cell(cell_caches: list[Tensor], cell: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
