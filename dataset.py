@@ -66,7 +66,13 @@ class Slices:
         return len(self.images)
 
 
-def load(data_dir: Path | None, image_size: int, seed: int, skip_broken: bool = False) -> dict[str, Slices]:
+def load(
+    data_dir: Path | None,
+    image_size: int,
+    seed: int,
+    skip_broken: bool = False,
+    synthetic_subjects: int = phantom.NUM_SUBJECTS,
+) -> dict[str, Slices]:
     """Load the three splits. No subject and no image is in two of them.
 
     Unusual files are used if possible; warnings on standard error say how many there are.
@@ -76,6 +82,7 @@ def load(data_dir: Path | None, image_size: int, seed: int, skip_broken: bool = 
         image_size: Height and width of the images in pixels.
         seed: Determines the synthetic slices, and the split of a folder that is not split yet.
         skip_broken: Leave out files that cannot be read and name each on standard error.
+        synthetic_subjects: Number of subjects of the synthetic slices, at least 3.
 
     Returns:
         `{"train": ..., "validate": ..., "test": ...}`: `Slices` with images (N, image_size, image_size, 1).
@@ -85,7 +92,7 @@ def load(data_dir: Path | None, image_size: int, seed: int, skip_broken: bool = 
             PNG.
     """
     if data_dir is None:
-        return _synthetic_slices(image_size, seed)
+        return _synthetic_slices(image_size, seed, synthetic_subjects)
     files_of = find(data_dir, seed)
     files = [file for split in naming.SPLITS for file in files_of[split]]
     images, decoded = decode_pngs(files, image_size, skip_broken)
@@ -466,11 +473,11 @@ def _refuse_shared_images(files: list[SliceFile], decoded: list[DecodedPng | Non
             )
 
 
-def _synthetic_slices(image_size: int, seed: int) -> dict[str, Slices]:
-    """Generate slices of `phantom.NUM_SUBJECTS` subjects at `phantom.NUM_POSITIONS` positions, split by subject."""
+def _synthetic_slices(image_size: int, seed: int, num_subjects: int) -> dict[str, Slices]:
+    """Generate slices of some subjects at `phantom.NUM_POSITIONS` positions, split by subject."""
     files = [
         SliceFile(Path(naming.slice_file(f"case_{subject:03d}", position)), f"case_{subject:03d}", position)
-        for subject in range(1, phantom.NUM_SUBJECTS + 1)
+        for subject in range(1, num_subjects + 1)
         for position in range(phantom.NUM_POSITIONS)
     ]
     slices = {}

@@ -18,6 +18,7 @@ class Config:
 
     data_dir: Path | None = None  # folder of OASIS PNG slices; None uses synthetic slices (and the preset "synthetic")
     name: str = "oasis96"  # of the run; a preset sets its own
+    synthetic_subjects: int = 64  # number of subjects of the synthetic slices, 16 slices each
     run_dir: Path | None = None  # folder for everything that the run writes; None: runs/ and the name
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
     seed: int = 0  # determines initial weights, shuffling, dropout, samples and the synthetic slices
@@ -126,7 +127,9 @@ def main(config: Config) -> dict[str, Any]:
 def load_slices(config: Config) -> dict[str, dataset.Slices]:
     """Load the slices and print what they are."""
     print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, because data_dir is not set")
-    slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
+    slices = dataset.load(
+        config.data_dir, config.image_size, config.seed, config.skip_broken_slices, config.synthetic_subjects
+    )
     for split, split_slices in slices.items():
         print(f"  {split}: {len(split_slices)} slices of {len(set(split_slices.subjects))} subjects")
     print(devices.describe(config.devices))

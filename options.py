@@ -64,15 +64,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",
         {
+            "synthetic_subjects": 40,
             "image_size": 64,
             "grids": (8,),
             "channels": 24,
             "num_embeddings": 128,
             "embedding_dim": 16,
-            "vqvae_epochs": 9,
+            "vqvae_epochs": 15,
             "prior_filters": 64,
             "prior_blocks": 4,
-            "prior_epochs": 10,
+            "prior_epochs": 15,
         },
     ),
     "student96": (
@@ -237,6 +238,7 @@ def check(config: Any) -> None:
     for name in ("ema_decay", "dead_code_threshold", "bottom_dropout", "prior_dropout"):
         require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
     require("num_embeddings", lambda v: v >= 2, "at least 2")
+    require("synthetic_subjects", lambda v: v >= 3, "at least 3, one for each split")
     require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
     require("image_size", lambda v: v >= 16, "at least 16 (the SSIM window is 11 pixels wide)")
     require("image_size", lambda v: v <= dataset.MAX_SIDE, f"at most {dataset.MAX_SIDE}")

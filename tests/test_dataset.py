@@ -582,9 +582,8 @@ def test_code_batches_pair_codes_with_positions_and_targets():
 
 
 def test_synthetic_slices_are_split_by_subject(monkeypatch):
-    monkeypatch.setattr(phantom, "NUM_SUBJECTS", 10)
     monkeypatch.setattr(phantom, "NUM_POSITIONS", 2)
-    slices = dataset.load(None, 32, seed=1)
+    slices = dataset.load(None, 32, seed=1, synthetic_subjects=10)
     assert [len(slices[split]) for split in naming.SPLITS] == [16, 2, 2]
     assert not set(slices["train"].subjects) & set(slices["test"].subjects)
     train = slices["train"]

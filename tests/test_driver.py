@@ -245,7 +245,6 @@ def test_mixed_precision_trains_and_saves_float32_models(finished, tmp_path):
 
 
 def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(phantom, "NUM_SUBJECTS", 6)
     monkeypatch.setattr(phantom, "NUM_POSITIONS", 4)
     notes, make_figure = [], plots._figure
 
@@ -254,7 +253,7 @@ def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
         return make_figure(width, height, title, note)
 
     monkeypatch.setattr(plots, "_figure", figure)
-    driver.main(tiny(tmp_path, data_dir=None, vqvae_epochs=1, prior_epochs=1))
+    driver.main(tiny(tmp_path, data_dir=None, synthetic_subjects=6, vqvae_epochs=1, prior_epochs=1))
     assert "SYNTHETIC" in capsys.readouterr().out.splitlines()[0]
     assert len(notes) == len(picture_files())
     assert all("SYNTHETIC" in note for note in notes)

@@ -124,6 +124,7 @@ def test_a_saved_configuration_is_read_back():
         ({"image_size": 8}, "image_size is 8: must be at least 16"),
         ({"image_size": 8192}, "image_size is 8192: must be at most 4096"),
         ({"num_embeddings": 0}, "num_embeddings is 0: must be at least 1"),
+        ({"synthetic_subjects": 2}, "synthetic_subjects is 2: must be at least 3"),
         ({"num_embeddings": 1}, "num_embeddings is 1: must be at least 2"),
         ({"vqvae_learning_rate": -1e-3}, "vqvae_learning_rate is -0.001: must be a positive number"),
         ({"prior_learning_rate": float("nan")}, "prior_learning_rate is nan: must be a positive number"),
