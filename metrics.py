@@ -45,7 +45,7 @@ def measure(results: Results, seed: int) -> dict[str, Any]:
         numbers["prior_bits_per_image"],
     )
     samples = results.test_samples.images
-    print(f"comparing {len(samples)} samples with the test split (takes some minutes)")
+    print(f"comparing {len(samples)} samples with the test split")
     numbers |= sample_metrics(samples, reconstructions, test, results.slices["train"], seed)
     return _replace_nan(numbers)
 
