@@ -335,7 +335,7 @@ def check_slices(config: Any, slices: dict[str, dataset.Slices]) -> None:
             )
     if count < config.batch_size:
         console.warn(
-            f"{count} training slices are fewer than batch_size {config.batch_size}: each step uses all of them"
+            f"there are only {count} training slices for a batch_size of {config.batch_size}: each step uses all"
         )
 
 

@@ -203,7 +203,7 @@ def test_a_process_that_differs_from_the_main_one_is_refused(monkeypatch):
 def test_fewer_slices_than_a_batch_are_used_with_a_warning(capsys):
     slices = {"train": slices_of(3), "validate": slices_of(3)}
     options.check_slices(driver.Config(batch_size=4), slices)
-    assert "3 training slices are fewer than batch_size 4" in capsys.readouterr().err
+    assert "only 3 training slices for a batch_size of 4" in capsys.readouterr().err
     options.check_slices(driver.Config(batch_size=3), slices)
     assert capsys.readouterr().err == ""
 
