@@ -134,11 +134,13 @@ def parse(config_class: type[Config], arguments: Sequence[str], description: str
         description: First part of the help.
 
     Raises:
-        ConfigError: An option does not exist.
+        ConfigError: An option or a preset does not exist.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS)
+    parser.add_argument("--preset")
     chosen, rest = parser.parse_known_args(arguments)
+    if chosen.preset not in (None, *PRESETS):
+        raise ConfigError(f"--preset {chosen.preset}: no such preset; choose one of {', '.join(PRESETS)}")
     table = "\n".join(f"  --preset {name}: {about}" for name, (about, _) in PRESETS.items())
     about = f"{description}\nPresets; all other options change what they set:\n{table}"
 
@@ -157,7 +159,12 @@ def parse(config_class: type[Config], arguments: Sequence[str], description: str
     if chosen.preset:
         return configured(chosen.preset)
     config = configured("oasis96")
-    return config if config.data_dir else configured("synthetic")
+    if config.data_dir:
+        return config
+    print(
+        'no data_dir: using the preset "synthetic", which overrides constants in driver.py; --preset oasis96 does not'
+    )
+    return configured("synthetic")
 
 
 def _unknown_option(config_class: type, option: str) -> str:
