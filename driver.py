@@ -202,9 +202,10 @@ def summarize(config: Config, run: Run) -> dict[str, Any]:
 def vqvae_stage(config: Config, slices: dict[str, dataset.Slices]) -> Stage:
     """How the VQ-VAE is trained."""
     train, shard = slices["train"], devices.process_index_and_count()
+    variance = dataset.pixel_variance(train)
     return Stage(
         name="vqvae",
-        make=lambda: make_vqvae(config, dataset.pixel_variance(train)),
+        make=lambda: make_vqvae(config, variance),
         batches=lambda epoch: dataset.image_batches(
             train, config.batch_size, config.seed, epoch, config.augment, shard
         ),
