@@ -141,14 +141,13 @@ def train_generator(
     config: Config, run: Run | None, slices: dict[str, dataset.Slices]
 ) -> tuple[Generator, dict[str, list[np.ndarray]]]:
     """Train all stages. Returns the networks, and the code indices of the slices by split, (N, h, w) per level."""
-
-    def train(stage: Stage) -> keras.Model:
-        return training.train(stage, run, config.seed, config.precision, config.devices)
-
-    vqvae, positions = train(vqvae_stage(config, slices)), np.unique(slices["train"].positions)
+    settings: Any = {"seed": config.seed, "precision": config.precision, "num_devices": config.devices}
+    vqvae = training.train(vqvae_stage(config, slices), run, **settings)
+    positions = np.unique(slices["train"].positions)
     encoder = Generator(vqvae, [], positions, config.batch_size)
     codes = {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
-    priors = [train(prior_stage(config, slices, codes, level)) for level in range(len(config.grids))]
+    stages = [prior_stage(config, slices, codes, level) for level in range(len(config.grids))]
+    priors = [training.train(stage, run, **settings) for stage in stages]
     return Generator(vqvae, priors, positions, config.batch_size), codes
 
 
