@@ -326,10 +326,9 @@ def open_run(config: Config) -> Run:
 
 
 def all_files(config: Config) -> list[str]:
-    """Names of all files of a complete run."""
-    networks = [f"{name}.keras" for name in ("vqvae", *model.prior_names(len(config.grids)))]
+    """Names of all files of a complete run, except the networks: the history names these."""
     pictures = [f"images/{picture.name}.png" for picture in plots.pictures(len(config.grids))]
-    return ["config.json", "history.csv", "metrics.json", "samples", "report.html", *networks, *pictures]
+    return ["config.json", "history.csv", "metrics.json", "samples", "report.html", *pictures]
 
 
 def data_note(config: Config) -> str:

@@ -147,8 +147,10 @@ class Run:
             )
 
     def is_complete(self, names: Sequence[str]) -> bool:
-        """Whether all these files exist and were made with these constants."""
-        return not self.sampling_changed and all((self.folder / name).exists() for name in names)
+        """Whether these files and the network of each stage in the history exist and were made with these constants."""
+        if self.sampling_changed or not all((self.folder / name).exists() for name in names):
+            return False
+        return all((self.folder / f"{row['stage']}.keras").exists() for row in self.read_history())
 
     @contextlib.contextmanager
     def start(self, fingerprint: str, **facts: Any) -> Iterator[None]:
@@ -243,7 +245,10 @@ class Run:
         key = (row["stage"], row["epoch"])
         self.history = [*self.history[: keys.index(key) if key in keys else None], row]
         names = list(dict.fromkeys(name for row in self.history for name in row))
-        with atomic_path(self.folder / "history.csv") as unfinished, open(unfinished, "w", newline="") as file:
+        with (
+            atomic_path(self.folder / "history.csv") as unfinished,
+            open(unfinished, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.history)

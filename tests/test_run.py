@@ -155,6 +155,16 @@ def test_facts_about_the_slices_are_recorded(tmp_path):
     assert run.read_config(tmp_path / "nothing") is None
 
 
+def test_a_run_without_the_network_of_a_stage_is_not_complete(tmp_path):
+    opened = run_of(tmp_path)
+    with opened.start("data"):
+        opened.add_epoch({"stage": "prior", "epoch": 1, "loss": 0.5})
+        assert not opened.is_complete(["config.json"])
+        (tmp_path / "prior.keras").touch()
+        assert opened.is_complete(["config.json"])
+        assert not opened.is_complete(["config.json", "report.html"])
+
+
 def test_a_second_driver_is_refused(tmp_path):
     first, second = run_of(tmp_path), run_of(tmp_path)
     with first.start("data"):
