@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 import console
 import naming
 import phantom
+import seeds
 
 MAX_SIDE = 4096  # Pixels. Sixteen times the side of an OASIS slice; larger PNGs are refused before they are decoded.
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -284,7 +285,7 @@ def _refuse_shared_subjects(splits: dict[str, list[SliceFile]]) -> None:
 def split_by_subject(files: list[SliceFile], seed: int) -> dict[str, list[SliceFile]]:
     """Split files 80/10/10 by subject, at random but determined by the seed. The order of the files is kept."""
     subjects = sorted({file.subject for file in files})
-    np.random.default_rng([seed, 0]).shuffle(subjects)
+    seeds.generator(seed, "split").shuffle(subjects)
     count = max(1, round(0.1 * len(subjects)))  # Of the test split, and of the validation split.
     split_of = {subject: ("test", "validate")[i // count] for i, subject in enumerate(subjects[: 2 * count])}
     return {split: [file for file in files if split_of.get(file.subject, "train") == split] for split in naming.SPLITS}
@@ -517,52 +518,76 @@ def image_batches(
         seed: None for one pass in order. A number for an endless sequence of epochs, each shuffled by (seed, epoch)
             and with full batches only (`steps_per_epoch`).
         first_epoch: Epoch to begin with, if shuffled.
-        augmented: Change every image with `augment`, as a function of (seed, epoch, step). Needs a seed.
+        augmented: Augment every image, as a function of (seed, epoch, step); see `draw_augmentation`. Needs a seed.
         shard: (i, n) yields the i-th of n equal parts of each batch, with the same images as in the whole batch; n
             must divide the size of every batch.
 
     Returns:
         A dataset of (images (B, H, W, 1) float32 in [0, 1], positions (B,) int32) that prefetches batches.
     """
-    batches = _batches((slices.images, slices.positions), batch_size, seed, first_epoch, shard)
+    order_seed = None if seed is None else seeds.number(seed, "order of images")
+    batches = _batches((slices.images, slices.positions), batch_size, order_seed, first_epoch, shard)
     first_step = first_epoch * steps_per_epoch(len(slices), batch_size)
+    index, count = shard
 
     def to_inputs(step: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         images, positions = batch
         images = tf.cast(images, tf.float32) / 255
-        return augment(images, (seed, step), shard) if augmented else images, positions
+        if augmented:
+            number = tf.shape(images)[0]
+            parameters = draw_augmentation(count * number, seed, step)
+            own = slice(index * number, (index + 1) * number)
+            images = augment(images, {name: values[own] for name, values in parameters.items()})
+        return images, positions
 
     return batches.enumerate(first_step).map(to_inputs).prefetch(2)
 
 
-def augment(
-    images: tf.Tensor, seed: tuple[int | tf.Tensor | None, int | tf.Tensor], shard: tuple[int, int] = (0, 1)
-) -> tf.Tensor:
-    """Randomly flip images and change their intensity; rotate and scale half of them.
+def draw_augmentation(count: int | tf.Tensor, seed: int | None, step: int | tf.Tensor) -> dict[str, tf.Tensor]:
+    """Draw the parameters of random augmentations. Every image is flipped or not; half of them are rotated and scaled.
 
-    With only about a hundred subjects to train on, the VQ-VAE overfits without augmentation. Rotation (by up to 5°)
-    and scaling (by up to 5 % in each direction) interpolate, so half of the images keep their sharpness. Images are
-    not shifted, because the slices of OASIS are registered and codes would be spent on the position of the brain.
+    With only about a hundred subjects to train on, the VQ-VAE overfits without augmentation. Rotation and scaling
+    interpolate, so half of the images keep their sharpness. Images are not shifted, because the slices of OASIS are
+    registered and codes would be spent on the position of the brain.
+
+    Args:
+        count: Number of images.
+        seed, step: They determine the parameters.
+
+    Returns:
+        (count,) float32 for each parameter:
+
+        - flip: 1, or −1 to exchange left and right.
+        - angle: Rotation in radians, at most 5° in either direction.
+        - scale_x, scale_y: Factors by which distances in the image are shrunk, from 0.95 to 1.05.
+        - gain: Factor of the intensity, from 0.9 to 1.1.
+    """
+    key = tf.stack([seeds.number(seed or 0, "augmentation"), tf.cast(step, tf.int32)])
+    side, warp, angle, scale_x, scale_y, gain = tf.unstack(tf.random.stateless_uniform((6, count), key, -1, 1))
+    warp = tf.where(warp < 0, 0.0, 1.0)
+    return {
+        "flip": tf.where(side < 0, -1.0, 1.0),
+        "angle": warp * angle * (5 * np.pi / 180),
+        "scale_x": 1 + warp * scale_x * 0.05,
+        "scale_y": 1 + warp * scale_y * 0.05,
+        "gain": 1 + 0.1 * gain,
+    }
+
+
+def augment(images: tf.Tensor, parameters: dict[str, tf.Tensor]) -> tf.Tensor:
+    """Flip, rotate and scale images about their centre, and change their intensity.
 
     Args:
         images: (B, H, W, 1) float32 in [0, 1], square.
-        seed: Two numbers that determine all random choices.
-        shard: (i, n) if these images are the i-th of n equal parts of a batch.
+        parameters: (B,) float32 for each parameter of `draw_augmentation`.
 
     Returns:
-        (B, H, W, 1) float32 in [0, 1]. Pixels from outside the image are black.
+        (B, H, W, 1) float32 in [0, 1], interpolated bilinearly. Pixels from outside the image are black.
     """
-    size, num_images = images.shape[1], tf.shape(images)[0]
-    index, count = shard
-    uniform = tf.random.stateless_uniform((6, count * num_images), tf.cast(tf.stack(seed), tf.int32), -1, 1)
-    uniform = uniform[:, index * num_images : (index + 1) * num_images]
-    side, warp, rotation, scaling_x, scaling_y, gain = tf.unstack(uniform)
-    flip, warp = tf.sign(side), tf.where(warp < 0, 0.0, 1.0)
-    angle = warp * rotation * (5 * np.pi / 180)
-    scale_x, scale_y = 1 + warp * scaling_x * 0.05, 1 + warp * scaling_y * 0.05
+    size, flip, angle = images.shape[1], parameters["flip"], parameters["angle"]
     # The output pixel (x, y) is the input at (a0 x + a1 y + a2, b0 x + b1 y + b2), which keeps the centre in place.
-    a0, a1 = flip * tf.cos(angle) * scale_x, -tf.sin(angle) * scale_y
-    b0, b1 = flip * tf.sin(angle) * scale_x, tf.cos(angle) * scale_y
+    a0, a1 = flip * tf.cos(angle) * parameters["scale_x"], -tf.sin(angle) * parameters["scale_y"]
+    b0, b1 = flip * tf.sin(angle) * parameters["scale_x"], tf.cos(angle) * parameters["scale_y"]
     centre = (size - 1) / 2
     a2, b2 = centre * (1 - a0 - a1), centre * (1 - b0 - b1)
     zeros = tf.zeros_like(a0)
@@ -574,8 +599,7 @@ def augment(
         fill_mode="CONSTANT",
         fill_value=0.0,
     )
-    scaled_intensity = warped * (1 + 0.1 * gain)[:, None, None, None]
-    return tf.ensure_shape(tf.clip_by_value(scaled_intensity, 0, 1), images.shape)
+    return tf.ensure_shape(tf.clip_by_value(warped * parameters["gain"][:, None, None, None], 0, 1), images.shape)
 
 
 def code_batches(
@@ -599,7 +623,8 @@ def code_batches(
         A dataset of ((codes, positions[, coarse]), codes) that prefetches batches.
     """
     arrays = (codes, positions) if coarse is None else (codes, positions, coarse)
-    batches = _batches(arrays, batch_size, seed, first_epoch, shard)
+    order_seed = None if seed is None else seeds.number(seed, "order of codes")
+    batches = _batches(arrays, batch_size, order_seed, first_epoch, shard)
     return batches.map(lambda *batch: (batch, batch[0])).prefetch(2)
 
 

@@ -45,9 +45,8 @@ class Config:
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT
     process_index: int = 0  # of this process, from 0; only the first one writes files
-    vqvae_epochs: int = 50  # maximum
+    vqvae_epochs: int = 50  # the epoch with the best validation loss is kept
     vqvae_learning_rate: float = 1e-3  # peak; it rises over the first steps, then falls to 0 along a cosine
-    vqvae_patience: int = 10  # epochs without a better validation loss before training stops
 
     prior: Literal["gated", "plain"] = "gated"  # gated PixelCNN with two stacks, or plain masked convolutions
     prior_filters: int = 128  # channels; with two levels, of the top level's prior
@@ -56,9 +55,8 @@ class Config:
     prior_kernel_size: int = 3  # of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
     prior_dropout: float = 0.2  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
-    prior_epochs: int = 20  # maximum
+    prior_epochs: int = 8  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
-    prior_patience: int = 4  # epochs without a better validation loss before training stops
 
     num_samples: int = 20  # number of generated slices in samples/
     sample_positions: tuple[int, ...] = ()  # slice positions to generate, in turn; none: as in the training data
@@ -90,6 +88,7 @@ import model
 import options
 import plots
 import report
+import seeds
 import training
 from generator import Generator, Results, Samples, load_samples, save_codes
 from run import Run, atomic_path, remove, versions, write_text
@@ -212,7 +211,6 @@ def vqvae_stage(config: Config, slices: dict[str, dataset.Slices]) -> Stage:
         steps=dataset.steps_per_epoch(len(train), config.batch_size),
         monitor="val_reconstruction",
         epochs=config.vqvae_epochs,
-        patience=config.vqvae_patience,
         learning_rate=config.vqvae_learning_rate,
         shown=("reconstruction", "ssim"),
         learning_rate_option="vqvae_learning_rate",
@@ -237,7 +235,6 @@ def prior_stage(
         steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
         monitor="val_loss",
         epochs=config.prior_epochs,
-        patience=config.prior_patience,
         learning_rate=config.prior_learning_rate,
         shown=("bits_per_code",),
         learning_rate_option="prior_learning_rate",
@@ -246,7 +243,7 @@ def prior_stage(
 
 def make_vqvae(config: Config, data_variance: float) -> model.VQVAE:
     """The untrained VQ-VAE for slices with this variance over all pixels."""
-    keras.utils.set_random_seed(config.seed)
+    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the VQ-VAE"))
     return model.VQVAE(
         image_size=config.image_size,
         grids=config.grids,
@@ -269,7 +266,7 @@ def make_vqvae(config: Config, data_variance: float) -> model.VQVAE:
 
 def make_prior(config: Config, level: int = 0) -> model.PixelCNN:
     """The untrained prior of a level; level 0 is the coarsest."""
-    keras.utils.set_random_seed(config.seed + level)
+    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the prior", level))
     return model.PixelCNN(
         num_embeddings=config.num_embeddings,
         grid_size=(config.grids[level],) * 2,
@@ -305,7 +302,7 @@ def sample_positions(config: Config, slices: dict[str, dataset.Slices]) -> np.nd
     """(num_samples,) int32 slice positions: the chosen ones in turn, or drawn from those of the training slices."""
     if config.sample_positions:
         return np.resize(np.array(config.sample_positions, np.int32), config.num_samples)
-    random = np.random.default_rng([config.seed, 1])
+    random = seeds.generator(config.seed, "positions of the samples")
     return random.choice(slices["train"].positions, config.num_samples).astype(np.int32)
 
 

@@ -41,6 +41,7 @@ from PIL import Image
 import download
 import naming
 import run
+import seeds
 from download import OasisError
 
 SIZE, MM_PER_PIXEL = 256, 1.0  # Height and width of a slice in pixels, and the size of a pixel in millimetres.
@@ -480,7 +481,7 @@ def move_to_splits(volumes: list[VolumeFile], staging: Path, destination: Path, 
 
 def split_subjects(subjects: list[str], options: Options) -> dict[str, str]:
     """Assign subjects to splits at random, determined by the seed. Of three or more subjects, each split gets one."""
-    order = np.random.default_rng([options.seed, 2]).permutation(sorted(subjects)).tolist()
+    order = seeds.generator(options.seed, "split of volumes").permutation(sorted(subjects)).tolist()
     validate, test = (
         max(round(fraction * len(order)), int(fraction > 0 and len(order) >= 3))
         for fraction in (options.validate_fraction, options.test_fraction)

@@ -231,8 +231,8 @@ def check(config: Any) -> None:
         "batch_size",
         "vqvae_epochs",
     )
-    positive += ("vqvae_patience", "prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
-    positive += ("prior_patience", "num_samples", "devices", "num_processes")
+    positive += ("prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
+    positive += ("num_samples", "devices", "num_processes")
     for name in positive:
         require(name, lambda v: v >= 1, "at least 1")
     for name in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):

@@ -22,6 +22,7 @@ import tyro
 from PIL import Image
 
 import naming
+import seeds
 
 NUM_SUBJECTS = 64
 NUM_POSITIONS = 16
@@ -50,7 +51,7 @@ def slice_image(
     """
     if not 0 <= position < num_positions:
         raise ValueError(f"position {position} is outside 0 to {num_positions - 1}")
-    anatomy = np.random.default_rng([seed, subject])
+    anatomy = seeds.generator(seed, "anatomy", subject)
     z = position / max(num_positions - 1, 1)
     axis = ((np.arange(image_size) + 0.5) / image_size * 2 - 1).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
@@ -73,7 +74,7 @@ def slice_image(
     image += (CSF - image) * _fissure(anatomy, x, y, z, edge)
     image *= _bias_field(anatomy, x, y)
 
-    noise = np.random.default_rng([seed, subject, position])
+    noise = seeds.generator(seed, "noise", subject, position)
     image += 0.018 * noise.standard_normal(image.shape, dtype=np.float32)
     image *= brain * anatomy.uniform(0.85, 1.0)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)

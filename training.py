@@ -1,7 +1,7 @@
 """How one network is trained: stages, the optimizer, and callbacks that survive a kill.
 
-After each epoch `ResumableEarlyStopping` saves everything that training needs to continue: weights, codebook,
-optimizer, the best weights so far and the counters of early stopping. Everything else is a function of (seed, epoch)
+After each epoch `ResumableCheckpoint` saves everything that training needs to continue: weights, codebook,
+optimizer, and the best weights so far. Everything else is a function of (seed, epoch)
 and needs no saving. A run that was killed and continued is therefore bitwise identical to an uninterrupted one.
 """
 
@@ -21,6 +21,7 @@ import tensorflow as tf
 
 import console
 import devices
+import seeds
 from run import Run, RunError, atomic_path, remove
 
 MAX_CHECKPOINTS = 2  # Kept per stage. The older one is used if the newer one is damaged.
@@ -38,8 +39,7 @@ class Stage:
         validation: This process's shard of the validation batches.
         steps: Number of training batches per epoch.
         monitor: Name of the validation metric that decides which epoch is best; lower is better.
-        epochs: Maximum number of epochs.
-        patience: Number of epochs without improvement after which training stops.
+        epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
         shown: Names of the metrics in the line that is printed per epoch.
         learning_rate_option: Name of the constant that sets the learning rate, for messages.
@@ -52,7 +52,6 @@ class Stage:
     steps: int
     monitor: str
     epochs: int
-    patience: int
     learning_rate: float
     shown: Sequence[str] = ("loss",)
     learning_rate_option: str = "learning_rate"
@@ -85,15 +84,15 @@ def train(stage: Stage, run: Run | None, seed: int, precision: str = "float32", 
         with _dtype_policy(precision):
             trained = stage.make()
         trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
-        checkpoint = ResumableEarlyStopping(run, stage.name, stage.monitor, stage.patience)
+        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor)
         epochs_done = checkpoint.restore(trained)
         print(
-            f"\ntraining {stage.name}: {network.count_params():,} parameters, up to {stage.epochs} epochs of "
+            f"\ntraining {stage.name}: {network.count_params():,} parameters, {stage.epochs} epochs of "
             f"{stage.steps} steps"
         )
         if epochs_done:
             print(f"continuing after epoch {epochs_done}")
-        if epochs_done < stage.epochs and not checkpoint.counters["stopped"]:
+        if epochs_done < stage.epochs:
             trained.fit(
                 stage.batches(epochs_done),
                 initial_epoch=epochs_done,
@@ -105,14 +104,14 @@ def train(stage: Stage, run: Run | None, seed: int, precision: str = "float32", 
                 callbacks=_callbacks(stage, run, seed, network, checkpoint),
             )
     network.set_weights(checkpoint.best_weights)
-    print(f"best epoch: {checkpoint.counters['best_epoch'] + 1}")
+    print(f"best epoch: {checkpoint.counters['best_epoch']}")
     if path:
         save_model(network, path)
     return network
 
 
 def _callbacks(
-    stage: Stage, run: Run | None, seed: int, network: keras.Model, checkpoint: "ResumableEarlyStopping"
+    stage: Stage, run: Run | None, seed: int, network: keras.Model, checkpoint: "ResumableCheckpoint"
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a stage. The checkpoint comes last: an epoch counts once everything else has recorded it."""
     writing = (
@@ -214,8 +213,8 @@ def load_model(path: Path, network_class: type[keras.Model]) -> keras.Model:
 # ----------------------------------------------------------------------------------------------- callbacks
 
 
-class ResumableEarlyStopping(keras.callbacks.EarlyStopping):
-    """Early stopping that continues after a kill.
+class ResumableCheckpoint(keras.callbacks.Callback):
+    """Keeps the weights of the best epoch, and lets training continue after a kill.
 
     After each epoch it saves weights, optimizer, the best weights on validation and its counters in one .npz file in
     checkpoint/ of the run folder.
@@ -224,14 +223,19 @@ class ResumableEarlyStopping(keras.callbacks.EarlyStopping):
         run: The run; None in a process that does not write files and gets the state from the main process.
         stage: Name of the stage.
         monitor: Name of the metric to judge by; lower is better.
-        patience: Number of epochs without improvement after which training stops.
+
+    Attributes:
+        counters: The number of epochs done, `epoch`, the lowest value of the metric, `best`, and the number of epochs
+            that led to it, `best_epoch`.
+        best_weights: Weights of the best epoch, None before the first one.
     """
 
-    def __init__(self, run: Run | None, stage: str, monitor: str, patience: int) -> None:
-        super().__init__(monitor, patience=patience, mode="min", restore_best_weights=True)
-        self.run, self.stage = run, stage
+    def __init__(self, run: Run | None, stage: str, monitor: str) -> None:
+        super().__init__()
+        self.run, self.stage, self.monitor = run, stage, monitor
         self.folder = run.folder / "checkpoint" if run else None
-        self.counters: dict[str, Any] = {"epoch": 0, "wait": 0, "best": None, "best_epoch": 0, "stopped": False}
+        self.counters: dict[str, Any] = {"epoch": 0, "best": float("inf"), "best_epoch": 0}
+        self.best_weights: list[np.ndarray] | None = None
 
     def restore(self, network: keras.Model) -> int:
         """Set a compiled network to its newest intact checkpoint and return the number of epochs that it has done.
@@ -280,25 +284,16 @@ class ResumableEarlyStopping(keras.callbacks.EarlyStopping):
         weights = {f"weights_{i:03d}": variable for i, variable in enumerate(network.weights)}
         return weights | {f"optimizer_{i:03d}": variable for i, variable in enumerate(network.optimizer.variables)}
 
-    def on_train_begin(self, logs: Logs | None = None) -> None:
-        best_weights = self.best_weights
-        super().on_train_begin(logs)  # Resets everything.
-        self.best_weights = best_weights
-        self.wait, self.best, self.best_epoch = (self.counters[name] for name in ("wait", "best", "best_epoch"))
-
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        super().on_epoch_end(epoch, logs)
-        self.counters = {
-            "epoch": epoch + 1,
-            "wait": self.wait,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "stopped": self.model.stop_training,
-        }
+        value = float((logs or {})[self.monitor])
+        self.counters["epoch"] = epoch + 1
+        if value < self.counters["best"]:
+            self.counters |= {"best": value, "best_epoch": epoch + 1}
+            self.best_weights = self.model.get_weights()
         if not self.folder:
             return
         arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in self._state(self.model).items()}
-        arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights)}
+        arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights or [])}
         path = self.folder / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
         with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, counters=np.array(json.dumps(self.counters)), **arrays)
@@ -374,7 +369,7 @@ class ReseedEachEpoch(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         states = [v for v in self.model.non_trainable_variables if v.path.endswith("seed_generator_state")]
         for i, state in enumerate(states):
-            state.assign(np.random.SeedSequence([self.seed, epoch, i]).generate_state(2))
+            state.assign(seeds.sequence(self.seed, "layers", epoch, i).generate_state(2))
 
 
 class TerminateOnNonFinite(keras.callbacks.Callback):
@@ -386,7 +381,7 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
         network: A network to put the best weights into.
     """
 
-    def __init__(self, checkpoint: ResumableEarlyStopping, learning_rate_option: str, network: keras.Model) -> None:
+    def __init__(self, checkpoint: ResumableCheckpoint, learning_rate_option: str, network: keras.Model) -> None:
         super().__init__()
         self.checkpoint, self.learning_rate_option, self.network = checkpoint, learning_rate_option, network
 
@@ -408,7 +403,7 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
             path = self.checkpoint.folder / f"{self.checkpoint.stage}.keras"
             self.network.set_weights(self.checkpoint.best_weights)
             save_model(self.network, path)
-            kept = f"; the best model so far, of epoch {self.checkpoint.best_epoch + 1}, is {path}"
+            kept = f"; the best model so far, of epoch {self.checkpoint.counters['best_epoch']}, is {path}"
         option, rate = self.learning_rate_option, current_learning_rate(self.model)
         raise RunError(
             f"{option}: the loss is {float(loss)} {when}, at a learning rate of {rate:.2g}; choose a lower {option} "
