@@ -4,16 +4,21 @@ This module needs the standard library and tqdm only, so that importing it takes
 """
 
 import codecs
+import contextlib
+import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from tqdm import tqdm
 
 # TensorFlow reads this when it is imported. 3 leaves only fatal errors of its C++ code.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+SIGPIPE = 13  # Windows lacks signal.SIGPIPE.
 
 
 class UserError(Exception):
@@ -24,7 +29,7 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The process was asked to end, by Ctrl-C or SIGTERM.
+    """The process was asked to end: by Ctrl-C, by SIGTERM, or because nobody reads its output any more (SIGPIPE).
 
     Attributes:
         status: Exit status to end with, 128 plus the signal's number.
@@ -40,7 +45,21 @@ class Stopped(BaseException):
 
 def one_line(text: object) -> str:
     """Text as one line: line breaks and characters that cannot be printed are escaped as in Python."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in as_unicode(text))
+
+
+def as_unicode(text: object) -> str:
+    """Text that UTF-8 can encode, from text that may contain names of files.
+
+    Python represents the bytes of a name that it cannot decode as lone surrogates: in an ASCII locale all bytes of
+    `größe`, in others only what is not UTF-8. They are decoded as UTF-8 here, and escaped if they are something else.
+    """
+
+    def decode(match: re.Match[str]) -> str:
+        return match[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    decoded = re.sub("[\udc80-\udcff]+", decode, str(text))
+    return decoded.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def warn(text: str) -> None:
@@ -58,6 +77,8 @@ def progress(total: int, unit: str) -> tqdm:
     return tqdm(total=total, unit=f" {unit}", disable=None, leave=False)
 
 
+# ------------------------------------------------------------------------------------------------- streams
+
 _ASCII = str.maketrans(
     {"×": "x", "–": "-", "−": "-", "→": "->", "…": "...", "±": "+/-", "²": "^2", "·": "*", "\u00a0": " "}
     | {"β": "beta", "γ": "gamma", "’": "'", "─": "-", "│": "|", **dict.fromkeys("╭╮╰╯┌┐└┘├┤", "+")}
@@ -68,16 +89,63 @@ def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     """Codec error handler: replace characters that a console's encoding lacks by similar ASCII ones."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    text = error.object[error.start : error.end].translate(_ASCII)
+    text = as_unicode(error.object[error.start : error.end]).translate(_ASCII)
     return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
-def make_streams_encodable() -> None:
-    """Let standard output and error print any text, whatever the console's encoding."""
+class _Stream(io.TextIOWrapper):
+    """Standard output or error that accepts any text, whatever its encoding.
+
+    If it cannot be written, what follows is discarded, so that nothing fails a second time while the process ends.
+
+    Raises:
+        Stopped: Nobody reads it any more. An OSError might be mistaken for that of a file.
+        UserError: It cannot be written for another reason, such as a full disk.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, description: str) -> None:
+        super().__init__(
+            stream.buffer,
+            stream.encoding,
+            errors="similar_ascii",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._stream = stream  # It would close the file if it were deleted.
+        self._description = description
+
+    def write(self, text: str, /) -> int:
+        with self._end_command_on_failure():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._end_command_on_failure():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _end_command_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise Stopped(SIGPIPE) from error
+            raise UserError(
+                f"{self._description}: cannot be written ({error.strerror}); free some space or redirect it to another "
+                "place, then run the same command again"
+            ) from error
+
+
+def prepare_streams() -> None:
+    """Let standard output and error print any text, and end the command in order if they cannot be written."""
     codecs.register_error("similar_ascii", _to_ascii)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="similar_ascii")
+    for name, description in (("stdout", "standard output"), ("stderr", "standard error")):
+        stream = getattr(sys, name)
+        if stream is None:  # It was closed before the start.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
+        elif type(stream) is io.TextIOWrapper:  # Notebooks and pytest have streams of their own.
+            setattr(sys, name, _Stream(stream, description))
 
 
 # --------------------------------------------------------------------------------------------------- start
@@ -85,7 +153,7 @@ def make_streams_encodable() -> None:
 
 def start() -> None:
     """Prepare a script: call this before the slow imports, only if the script is run as `__main__`."""
-    make_streams_encodable()
+    prepare_streams()
     # Ctrl-C during the imports ends the process without a traceback. `stop_on_signals` replaces this.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
@@ -113,18 +181,33 @@ def run_command(command: Callable[[], object], on_stop: str) -> int:
         on_stop: What to tell the user after Ctrl-C or SIGTERM.
 
     Returns:
-        0 on success, 2 after a `UserError` (printed as one line), 130 after Ctrl-C, 143 after SIGTERM.
+        0 on success, 2 after a `UserError` (printed as one line), 130 after Ctrl-C, 143 after SIGTERM, and 141, without
+        a message, if nobody reads the output any more, as in `command | head -1`.
     """
     try:
         stop_on_signals()
-        command()
+        try:
+            command()
+        except SystemExit:  # The help was printed.
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _print_last(f"error: {one_line(error)}")
         return 2
     except Stopped as stopped:
-        print(f"\nstopped; {one_line(on_stop)}", file=sys.stderr)
+        if stopped.status != 128 + SIGPIPE:
+            _print_last(f"\nstopped; {one_line(on_stop)}")
         return stopped.status
     return 0
+
+
+def _print_last(message: str) -> None:
+    """Print why a command ends, after its output. If the output is lost as well, that matters less."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        with contextlib.suppress(UserError, Stopped):
+            stream.write(text)
+            stream.flush()
 
 
 # ------------------------------------------------------------------------------------------------- signals

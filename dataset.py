@@ -12,6 +12,7 @@ import itertools
 import os
 import stat
 import struct
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class SliceFile:
 
     Attributes:
         path: The file.
-        subject: Name of the subject (person) that it shows.
+        subject: Name of the subject (person) that it shows. All sessions of a person have the same subject.
         position: Slice position, counted from below.
     """
 
@@ -66,6 +67,10 @@ class Slices:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, index: np.ndarray) -> "Slices":
+        """Return the slices of these indices."""
+        return Slices(self.images[index], self.positions[index], self.subjects[index])
+
 
 def load(
     data_dir: Path | None,
@@ -89,8 +94,7 @@ def load(
         `{"train": ..., "validate": ..., "test": ...}`: `Slices` with images (N, image_size, image_size, 1).
 
     Raises:
-        DataError: The folder contains no usable slices, the same image is in two splits, or a file is not a readable
-            PNG.
+        DataError: There are no usable slices, a subject or image is in two splits, or a file is not a readable PNG.
     """
     if data_dir is None:
         return _synthetic_slices(image_size, seed, synthetic_subjects)
@@ -116,11 +120,27 @@ def fingerprint(slices: dict[str, Slices]) -> str:
     """Return a checksum (SHA-256, hexadecimal) of all slices with their splits, subjects and positions."""
     digest = hashlib.sha256()
     for split, split_slices in slices.items():
-        header = f"{split} {split_slices.images.shape} {split_slices.subjects.tolist()}"
-        digest.update(header.encode("utf-8", "surrogateescape"))
+        digest.update(f"{split} {split_slices.images.shape} {ascii(split_slices.subjects.tolist())}".encode())
         digest.update(split_slices.positions.tobytes())
         digest.update(np.ascontiguousarray(split_slices.images).data)
     return digest.hexdigest()
+
+
+def choose_subjects(slices: Slices, max_slices: int, seed: int) -> np.ndarray:
+    """Choose all slices of random subjects, as many as possible without exceeding a number of slices.
+
+    Args:
+        slices: N slices.
+        max_slices: The number. If even the first subject has more slices, it is chosen nevertheless.
+        seed: Determines the subjects.
+
+    Returns:
+        Indices of the chosen slices in increasing order.
+    """
+    names, counts = np.unique(slices.subjects, return_counts=True)
+    order = seeds.generator(seed, "subjects to compare").permutation(len(names))
+    fitting = max(1, int(np.searchsorted(np.cumsum(counts[order]), max_slices, "right")))
+    return np.flatnonzero(np.isin(slices.subjects, names[order[:fitting]]))
 
 
 def pixel_variance(slices: Slices) -> float:
@@ -176,10 +196,8 @@ def find(data_dir: Path, seed: int = 0) -> dict[str, list[SliceFile]]:
             raise DataError(f"{data_dir}: {_describe_content(data_dir)}")
         num_subjects = len({file.subject for file in files})
         if num_subjects < len(naming.SPLITS):
-            raise DataError(
-                f"{data_dir}: contains {num_subjects} subjects, too few for three splits; add slices of others, "
-                "at least 3 subjects in all"
-            )
+            problem = f"contains {num_subjects} subjects, too few for three splits"
+            raise DataError(f"{data_dir}: {problem}; add slices of others, at least 3 subjects in all")
         splits = split_by_subject(files, seed)
     _warn_of_unnamed_subjects(splits)
     return splits
@@ -202,9 +220,8 @@ def _find_split_folders(data_dir: Path) -> dict[str, Path]:
     if best and best_parent != parent:
         missing = " and no ".join(split for split in naming.SPLITS if split not in best)
         found = ", ".join(folder.name for folder in best.values())
-        raise DataError(
-            f"{best_parent}: contains {found} but no {missing} folder; add it, or put all PNGs into one folder"
-        )
+        problem = f"contains {found} but no {missing} folder"
+        raise DataError(f"{best_parent}: {problem}; add it, or put all PNGs into one folder")
     return {}
 
 
@@ -237,9 +254,9 @@ def _find_slices(folder: Path, data_dir: Path) -> list[SliceFile]:
 
 
 def _slice_file(path: Path, data_dir: Path) -> SliceFile:
-    """Read subject and position from a file's name. A name without them counts as a subject of its own."""
-    found = naming.subject_and_position(path.name)
-    return SliceFile(path, *(found or (os.path.relpath(path, data_dir), 0)))
+    """Read subject and position from a file's name. Without a subject it counts as one of its own."""
+    subject, _ = naming.subject_and_session(Path(os.path.relpath(path, data_dir)).as_posix())
+    return SliceFile(path, subject, naming.slice_position(path.name) or 0)
 
 
 def _describe_content(folder: Path) -> str:
@@ -260,25 +277,25 @@ def _convert_volumes(source: Path) -> str:
 
 
 def _warn_of_unnamed_subjects(splits: dict[str, list[SliceFile]]) -> None:
-    files = [file for split_files in splits.values() for file in split_files]
-    unnamed = [file.path for file in files if os.sep in file.subject or file.subject == file.path.name]
+    names = [(file.path.name, file.subject) for split_files in splits.values() for file in split_files]
+    unnamed = [name for name, subject in names if subject.endswith(name) or naming.slice_position(name) is None]
     if unnamed:
         console.warn(
-            f"{len(unnamed)} files such as {unnamed[0].name} do not name subject and slice position "
-            f"({naming.slice_file('case_001', 0)}); each counts as a subject of its own, at slice position 0"
+            f"{len(unnamed)} files such as {unnamed[0]} do not name subject and slice position, as in "
+            f"{naming.slice_file('case_001', 0)}; a missing subject counts as one of its own, a missing position as 0"
         )
 
 
 def _refuse_shared_subjects(splits: dict[str, list[SliceFile]]) -> None:
-    """Raise `DataError` if a subject is in two splits."""
-    split_of: dict[str, str] = {}
+    """Raise `DataError` if a subject is in two splits, in the same session or in two."""
+    first: dict[str, tuple[str, SliceFile]] = {}
     for split, files in splits.items():
         for file in files:
-            other = split_of.setdefault(file.subject, split)
-            if other != split:
+            other_split, other = first.setdefault(file.subject, (split, file))
+            if other_split != split:
                 raise DataError(
-                    f"{file.path}: subject {file.subject} is in the {other} split and in the {split} split; keep all "
-                    "slices of a subject in one split"
+                    f"{file.path}: subject {file.subject} is in the {split} split and, with {other.path.name}, in the "
+                    f"{other_split} split; keep all slices of a subject in one split"
                 )
 
 
@@ -341,7 +358,7 @@ def decode_pngs(
 
     def decode(i: int) -> DecodedPng | DataError:
         try:
-            png = _decode_png(files[i].path, image_size)
+            png = decode_png(files[i].path, image_size)
         except DataError as error:
             return error
         images[i, :, :, 0] = png.grey
@@ -385,22 +402,15 @@ def _warn_of_mixed_sizes(sizes: dict[tuple[int, int], list[Path]], image_size: i
     )
 
 
-def read_png(path: Path, image_size: int) -> np.ndarray:
-    """Read one PNG as a grey image.
+def decode_png(path: Path, image_size: int) -> DecodedPng:
+    """Decode one PNG as a grey image.
 
     Grey images of 1 to 16 bits, RGB and palette images are converted to 8-bit grey; transparent pixels become black.
     An image that is not square is padded to a square with black, then resized with an antialiasing filter.
 
-    Returns:
-        (image_size, image_size) uint8.
-
     Raises:
         DataError: The file is not a PNG, is broken, or has a side of more than `MAX_SIDE` pixels.
     """
-    return _decode_png(path, image_size).grey
-
-
-def _decode_png(path: Path, image_size: int) -> DecodedPng:
     try:
         size = _read_size(path)
         with Image.open(path, formats=("PNG",)) as png:
@@ -468,10 +478,8 @@ def _refuse_shared_images(files: list[SliceFile], decoded: list[DecodedPng | Non
             continue
         j = first.setdefault(png.digest, i)
         if splits[j] != splits[i]:
-            raise DataError(
-                f"{files[i].path}: is the same image as {files[j].path} of the {splits[j]} split; keep all slices of a "
-                "subject in one split"
-            )
+            same = f"is the same image as {files[j].path} of the {splits[j]} split"
+            raise DataError(f"{files[i].path}: {same}; keep all slices of a subject in one split")
 
 
 def _synthetic_slices(image_size: int, seed: int, num_subjects: int) -> dict[str, Slices]:
@@ -486,8 +494,8 @@ def _synthetic_slices(image_size: int, seed: int, num_subjects: int) -> dict[str
         for split, split_files in split_by_subject(files, seed).items():
             images = np.empty((len(split_files), image_size, image_size, 1), np.uint8)
             for image, file in zip(images, split_files, strict=True):
-                subject = int(file.subject.removeprefix("case_"))
-                image[:, :, 0] = phantom.slice_image(seed, subject, file.position, image_size)
+                number = int(file.subject.removeprefix("case_"))
+                image[:, :, 0] = phantom.slice_image(seed, number, file.position, image_size)
                 progress.update(1)
             positions = np.array([file.position for file in split_files], np.int32)
             slices[split] = Slices(images, positions, np.array([file.subject for file in split_files]))
@@ -603,29 +611,31 @@ def augment(images: tf.Tensor, parameters: dict[str, tf.Tensor]) -> tf.Tensor:
 
 
 def code_batches(
-    codes: np.ndarray,
-    positions: np.ndarray,
+    inputs: Mapping[str, np.ndarray],
     batch_size: int,
     seed: int | None = None,
     first_epoch: int = 0,
-    coarse: np.ndarray | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Batches to train a prior on.
 
     Args:
-        codes: (N, h, w) int32 code indices.
-        positions: (N,) int32 slice positions.
+        inputs: Inputs of the prior by name, (N, ...) each: "codes" (N, h, w) int32 code indices, "positions" (N,) int32
+            slice positions and, for a prior that is conditioned on them, "coarse" (N, h', w') int32 codes of the
+            coarser level.
         batch_size, seed, first_epoch, shard: As in `image_batches`.
-        coarse: (N, h', w') int32 codes of the coarser level, for a prior that is conditioned on them.
 
     Returns:
-        A dataset of ((codes, positions[, coarse]), codes) that prefetches batches.
+        A dataset of (inputs, codes) that prefetches batches.
     """
-    arrays = (codes, positions) if coarse is None else (codes, positions, coarse)
     order_seed = None if seed is None else seeds.number(seed, "order of codes")
-    batches = _batches(arrays, batch_size, order_seed, first_epoch, shard)
-    return batches.map(lambda *batch: (batch, batch[0])).prefetch(2)
+    batches = _batches(tuple(inputs.values()), batch_size, order_seed, first_epoch, shard)
+
+    def with_targets(*batch: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+        named = dict(zip(inputs, batch, strict=True))
+        return named, named["codes"]
+
+    return batches.map(with_targets).prefetch(2)
 
 
 def steps_per_epoch(num_slices: int, batch_size: int) -> int:

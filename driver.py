@@ -20,6 +20,7 @@ class Config:
     name: str = "oasis96"  # of the run; a preset sets its own
     synthetic_subjects: int = 64  # number of subjects of the synthetic slices, 16 slices each
     run_dir: Path | None = None  # folder for everything that the run writes; None: runs/ and the name
+    start_from: Path | None = None  # folder of a finished run whose networks training begins with; None: from scratch
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
     seed: int = 0  # determines initial weights, shuffling, dropout, samples and the synthetic slices
 
@@ -59,6 +60,7 @@ class Config:
     prior_learning_rate: float = 1e-3  # peak, as above
 
     num_samples: int = 20  # number of generated slices in samples/
+    measured_slices: int = 3000  # maximum number of slices of each split that are compared with samples
     sample_positions: tuple[int, ...] = ()  # slice positions to generate, in turn; none: as in the training data
     temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
     top_k: int = 0  # sample among the k most likely codes only; 0: all
@@ -75,12 +77,13 @@ if __name__ == "__main__":
 console.import_tensorflow()
 
 import contextlib
-import json
 import sys
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 
+import comparison
 import dataset
 import devices
 import metrics
@@ -90,9 +93,12 @@ import plots
 import report
 import seeds
 import training
-from generator import Generator, Results, Samples, load_samples, save_codes
-from run import Run, atomic_path, remove, versions, write_text
+from generator import Generator, Results, code_files, make_samples
+from run import LAST_RESULT, Run, remove, versions, write_json, write_table
 from training import Stage
+
+Slices = dict[str, dataset.Slices]  # By split.
+Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
 
 # ------------------------------------------------------------------------------------------------ the steps
 
@@ -111,19 +117,23 @@ def main(config: Config) -> dict[str, Any]:
     with devices.join_processes(config.coordinator, config.num_processes, config.process_index):
         options.check_devices(config)
         run = open_run(config) if devices.is_main_process() else None
-        if devices.broadcast_from_main(run is not None and run.is_complete(all_files(config))):
-            print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
-            return summarize(config, run) if run else {}
         slices = load_slices(config)
         fingerprint, positions = dataset.fingerprint(slices), np.unique(slices["train"].positions)
         options.check_same_in_all_processes(config, fingerprint)
-        with run.start(fingerprint, slice_positions=positions.tolist()) if run else contextlib.nullcontext():
-            generator, codes = train_generator(config, run, slices)
+        found = training.initial_networks(config.start_from, makers(config), run) if run else {}
+        with run.start(fingerprint, found, slice_positions=positions.tolist()) if run else contextlib.nullcontext():
+            if devices.broadcast_from_main(run is not None and run.is_complete()):
+                print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
+                return summarize(config, run) if run else {}
+            generator, critic, codes = train_generators(config, run, slices)
             devices.shutdown()
-            return evaluate(config, run, generator, codes, slices) if run else {}
+            if not run:
+                return {}
+            results, made_from = make_results(config, run, generator, critic, codes, slices)
+            return evaluate(config, run, results, made_from)
 
 
-def load_slices(config: Config) -> dict[str, dataset.Slices]:
+def load_slices(config: Config) -> Slices:
     """Load the slices and print what they are."""
     print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, because data_dir is not set")
     slices = dataset.load(
@@ -136,49 +146,49 @@ def load_slices(config: Config) -> dict[str, dataset.Slices]:
     return slices
 
 
-def train_generator(
-    config: Config, run: Run | None, slices: dict[str, dataset.Slices]
-) -> tuple[Generator, dict[str, list[np.ndarray]]]:
-    """Train all stages. Returns the networks, and the code indices of the slices by split, (N, h, w) per level."""
+def train_generators(config: Config, run: Run | None, slices: Slices) -> tuple[Generator, Generator, Codes]:
+    """Train all stages. Returns the networks, the VQ-VAE with the critics, and the code indices of the slices."""
     settings: Any = {"seed": config.seed, "precision": config.precision, "num_devices": config.devices}
+    settings["start_from"] = config.start_from
     vqvae = training.train(vqvae_stage(config, slices), run, **settings)
     positions = np.unique(slices["train"].positions)
     encoder = Generator(vqvae, [], positions, config.batch_size)
     codes = {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
-    stages = [prior_stage(config, slices, codes, level) for level in range(len(config.grids))]
-    priors = [training.train(stage, run, **settings) for stage in stages]
-    return Generator(vqvae, priors, positions, config.batch_size), codes
+
+    def train_priors(critics: bool) -> Generator:
+        stages = [prior_stage(config, slices, codes, level, critics) for level in range(len(config.grids))]
+        priors = [training.train(stage, run, **settings) for stage in stages]
+        return Generator(vqvae, priors, positions, config.batch_size)
+
+    return train_priors(critics=False), train_priors(critics=True), codes
 
 
-def evaluate(
-    config: Config,
-    run: Run,
-    generator: Generator,
-    codes: dict[str, list[np.ndarray]],
-    slices: dict[str, dataset.Slices],
-) -> dict[str, Any]:
-    """Do all steps after training: samples, metrics, pictures and the report. Returns the metrics."""
-    save_samples(config, run, generator, slices)
-    results = Results(
-        generator=generator,
-        slices=slices,
-        codes=codes,
-        reconstructions={split: generator.decode(codes[split]) for split in ("validate", "test")},
-        samples=load_samples(run, "codes", generator, sample_positions(config, slices)),
-        test_samples=load_samples(run, "measured_codes", generator, slices["test"].positions),
-        sampling=sampling_arguments(config),
-        history=run.history,
-        numbers={},
-        note=data_note(config),
-    )
-    if not (run.folder / "metrics.json").exists():
-        numbers = metrics.measure(results, config.seed)
-        write_text(run.folder / "metrics.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:
+    """Measure the results, draw them, and write the report. Returns the metrics.
+
+    Args:
+        made_from: Names of what determines the results; see `Run.make`.
+    """
+    names, inputs = plots.pictures(len(config.grids)), [*made_from]
+    run.make(results.samples.files, inputs, results.samples.save)
+    run.make("metrics.json", inputs, lambda path: write_json(path, measure(config, results)))
+    run.make("test_slices.csv", inputs, lambda path: write_table(path, metrics.slice_rows(results)))
     results = replace(results, numbers=run.read_metrics())
-    plots.draw_missing(run.folder / "images", results)
-    with atomic_path(run.folder / "report.html") as unfinished:
-        report.write(unfinished, run.folder.name, options.to_json(config), results)
+    inputs += ["metrics.json"]
+    for picture in names:
+        run.make(f"images/{picture.name}.png", inputs, lambda path, picture=picture: picture.draw(path, results))
+    inputs += [*(f"images/{picture.name}.png" for picture in names), "configuration"]
+    constants = options.to_json(config)
+    run.make(LAST_RESULT, inputs, lambda path: report.write(path, run.folder.name, constants, results))
     return summarize(config, run)
+
+
+def measure(config: Config, results: Results) -> dict[str, Any]:
+    """Compute the content of metrics.json."""
+    print("measuring reconstructions, codes and likelihood on the test split")
+    numbers = metrics.measure(results)
+    print("comparing samples with the test split")
+    return metrics.without_nan(numbers | comparison.compare(results, config.seed))
 
 
 def summarize(config: Config, run: Run) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def summarize(config: Config, run: Run) -> dict[str, Any]:
     numbers, history = run.read_metrics(), run.read_history()
     kind = data_note(config) or "real slices"
     print(f"\n{kind}; measured on {numbers['test_slices']} test slices of {numbers['test_subjects']} subjects")
-    for finding in report.findings(options.to_json(config), numbers, history):
+    for finding in report.findings(options.to_json(config), numbers):
         print(f"  {finding.title}: {finding.summary}")
     print(f"  Training took {sum(row['seconds'] for row in history) / 60:.1f} minutes.")
     print(f"open {run.folder / 'report.html'}; pictures are in images/, samples in samples/ next to it")
@@ -197,7 +207,7 @@ def summarize(config: Config, run: Run) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- the stages
 
 
-def vqvae_stage(config: Config, slices: dict[str, dataset.Slices]) -> Stage:
+def vqvae_stage(config: Config, slices: Slices) -> Stage:
     """How the VQ-VAE is trained."""
     train, shard = slices["train"], devices.process_index_and_count()
     variance = dataset.pixel_variance(train)
@@ -217,28 +227,38 @@ def vqvae_stage(config: Config, slices: dict[str, dataset.Slices]) -> Stage:
     )
 
 
-def prior_stage(
-    config: Config, slices: dict[str, dataset.Slices], codes: dict[str, list[np.ndarray]], level: int
-) -> Stage:
-    """How the prior of one level is trained on code indices; level 0 is the coarsest."""
-    shard = devices.process_index_and_count()
+def prior_stage(config: Config, slices: Slices, codes: Codes, level: int, critic: bool = False) -> Stage:
+    """How the prior, or the critic, of one level is trained on code indices; level 0 is the coarsest."""
+    shard, num_levels = devices.process_index_and_count(), len(config.grids)
+    names = model.critic_names(num_levels) if critic else model.prior_names(num_levels)
 
     def batches(split: str, seed: int | None = None, epoch: int = 0) -> Any:
-        coarse, positions = codes[split][level - 1] if level else None, slices[split].positions
-        return dataset.code_batches(codes[split][level], positions, config.batch_size, seed, epoch, coarse, shard)
+        inputs = {"codes": codes[split][level], "positions": slices[split].positions}
+        inputs |= {"coarse": codes[split][level - 1]} if level else {}
+        return dataset.code_batches(inputs, config.batch_size, seed, epoch, shard)
 
     return Stage(
-        name=model.prior_names(len(config.grids))[level],
-        make=lambda: make_prior(config, level),
+        name=names[level],
+        make=lambda: make_critic(config, level) if critic else make_prior(config, level),
         batches=lambda epoch: batches("train", config.seed, epoch),
         validation=batches("validate"),
         steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
         monitor="val_loss",
         epochs=config.prior_epochs,
         learning_rate=config.prior_learning_rate,
+        made_from=("slices", "vqvae.keras"),
         shown=("bits_per_code",),
         learning_rate_option="prior_learning_rate",
     )
+
+
+def makers(config: Config) -> dict[str, Callable[[], keras.Model]]:
+    """Functions that make the untrained networks of a run, by name, in the order of training."""
+    num_levels = len(config.grids)
+    found: dict[str, Callable[[], keras.Model]] = {"vqvae": lambda: make_vqvae(config, data_variance=1.0)}
+    for make, names in ((make_prior, model.prior_names(num_levels)), (make_critic, model.critic_names(num_levels))):
+        found |= {name: lambda make=make, level=level: make(config, level) for level, name in enumerate(names)}
+    return found
 
 
 def make_vqvae(config: Config, data_variance: float) -> model.VQVAE:
@@ -264,9 +284,15 @@ def make_vqvae(config: Config, data_variance: float) -> model.VQVAE:
     )
 
 
-def make_prior(config: Config, level: int = 0) -> model.PixelCNN:
-    """The untrained prior of a level; level 0 is the coarsest."""
-    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the prior", level))
+def make_critic(config: Config, level: int = 0) -> model.PixelCNN:
+    """The untrained critic of a level: a gated prior with half of the prior's channels, and weights of its own."""
+    filters = {name: max(getattr(config, name) // 2, 8) for name in ("prior_filters", "bottom_prior_filters")}
+    return make_prior(replace(config, prior="gated", **filters), level, "weights of the critic")
+
+
+def make_prior(config: Config, level: int = 0, purpose: str = "weights of the prior") -> model.PixelCNN:
+    """The untrained prior of a level; level 0 is the coarsest. `purpose` names the stream of its initial weights."""
+    keras.utils.set_random_seed(seeds.number(config.seed, purpose, level))
     return model.PixelCNN(
         num_embeddings=config.num_embeddings,
         grid_size=(config.grids[level],) * 2,
@@ -283,22 +309,39 @@ def make_prior(config: Config, level: int = 0) -> model.PixelCNN:
 # ------------------------------------------------------------------------------------------------- samples
 
 
-def save_samples(config: Config, run: Run, generator: Generator, slices: dict[str, dataset.Slices]) -> None:
-    """Write samples/ unless it exists: codes and one PNG per sample, and codes of one sample per test slice."""
-    folder = run.folder / "samples"
-    if folder.exists():
-        return
-    print("\nsampling")
-    positions, arguments = sample_positions(config, slices), sampling_arguments(config)
-    codes = generator.sample_codes(positions, **arguments)
-    samples = Samples(generator.decode(codes), codes, positions)
-    measured_codes = generator.sample_codes(slices["test"].positions, **arguments)
-    with atomic_path(folder) as unfinished:
-        samples.save(unfinished)
-        save_codes(unfinished, "measured_codes", measured_codes)
+def make_results(
+    config: Config, run: Run, generator: Generator, critic: Generator, codes: Codes, slices: Slices
+) -> tuple[Results, list[str]]:
+    """Draw all samples. Returns what the run has made so far, and what determines it, for `Run.make`."""
+    compared = {
+        split: dataset.choose_subjects(split_slices, config.measured_slices, config.seed)
+        for split, split_slices in slices.items()
+    }
+    made_from = ["slices", "sampling", *(f"{name}.keras" for name in makers(config))]
+    positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
+    positions["codes"] = sample_positions(config, slices)
+    samples = {
+        name: make_samples(run, name, generator, wanted, sampling_arguments(config), made_from)
+        for name, wanted in positions.items()
+    }
+    results = Results(
+        generator=generator,
+        critic=critic,
+        slices=slices,
+        codes=codes,
+        reconstructions={split: generator.decode(codes[split]) for split in ("validate", "test")},
+        samples=samples["codes"],
+        compared=compared,
+        compared_samples={split: samples[f"{split}_codes"] for split in compared},
+        sampling=sampling_arguments(config),
+        history=run.history,
+        numbers={},
+        note=data_note(config),
+    )
+    return results, made_from + [file for name in positions for file in code_files(name, len(config.grids))]
 
 
-def sample_positions(config: Config, slices: dict[str, dataset.Slices]) -> np.ndarray:
+def sample_positions(config: Config, slices: Slices) -> np.ndarray:
     """(num_samples,) int32 slice positions: the chosen ones in turn, or drawn from those of the training slices."""
     if config.sample_positions:
         return np.resize(np.array(config.sample_positions, np.int32), config.num_samples)
@@ -316,16 +359,9 @@ def sampling_arguments(config: Config) -> dict[str, Any]:
 
 def open_run(config: Config) -> Run:
     """The run folder. Raises RunError if it contains anything but this configuration's run."""
-    sample_files = ["samples", "metrics.json", *(f"images/{p.name}.png" for p in plots.PICTURES if p.from_samples)]
     made_with = versions(backend=keras.backend.backend(), devices=str(devices.total_devices(config.devices)))
     constants = options.to_json(config)
-    return Run(options.run_folder(config), constants, made_with, options.SAMPLING_FIELDS, sample_files)
-
-
-def all_files(config: Config) -> list[str]:
-    """Names of all files of a complete run, except the networks: the history names these."""
-    pictures = [f"images/{picture.name}.png" for picture in plots.pictures(len(config.grids))]
-    return ["config.json", "history.csv", "metrics.json", "samples", "report.html", *pictures]
+    return Run(options.run_folder(config), constants, made_with, options.SAMPLING_FIELDS, options.PATH_FIELDS)
 
 
 def data_note(config: Config) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 import dataset
 import model
 import sampling
+import seeds
 import training
 from run import Run, RunError, read_config
 
@@ -108,43 +109,48 @@ class Generator:
         return self.decode(self.encode(images))
 
     def sample_codes(
-        self, positions: Positions, seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+        self,
+        positions: Positions,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        purpose: str = "samples",
     ) -> list[np.ndarray]:
         """Sample code indices, each finer level given the coarser one.
 
         Args:
             positions: (N,) slice positions.
-            seed: The same seed gives the same codes.
+            seed: The same seed gives the same codes for the same purpose; 0 or more.
             temperature: Below 1 favours likely codes, above 1 varied ones.
             top_k: Sample among the k most likely codes only; 0 for all.
             top_p: Sample among the most likely codes that together have this probability; 1 for all.
+            purpose: What the samples are for. Samples for different purposes are independent.
 
         Returns:
             Code indices, (N, h, w) int32 per level.
         """
-        positions = np.asarray(positions, np.int32)
         codes: list[np.ndarray] = []
         for level, prior in enumerate(self.priors):
+            conditioning = _conditioning(level, positions, codes)
+            random = seeds.generator(seed, f"codes of {purpose}", level)
             with console.progress(len(positions), f"{self.level_names[level]} grids sampled".strip()) as bar:
                 codes.append(
-                    sampling.sample_codes(
-                        prior,
-                        positions,
-                        [seed, level] if level else seed,
-                        codes[-1] if level else None,
-                        temperature,
-                        top_k,
-                        top_p,
-                        progress=bar.update,
-                    )
+                    sampling.sample_codes(prior, conditioning, random, temperature, top_k, top_p, progress=bar.update)
                 )
         return codes
 
     def sample(
-        self, positions: Positions, seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+        self,
+        positions: Positions,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        purpose: str = "samples",
     ) -> np.ndarray:
         """Sample images (N, H, W, 1) float32 in [0, 1], one per slice position; see `sample_codes`."""
-        return self.decode(self.sample_codes(positions, seed, temperature, top_k, top_p))
+        return self.decode(self.sample_codes(positions, seed, temperature, top_k, top_p, purpose))
 
     def nats_per_code(self, codes: Sequence[np.ndarray], positions: Positions) -> list[np.ndarray]:
         """Cross-entropy of codes under the priors.
@@ -156,20 +162,57 @@ class Generator:
         Returns:
             (N,) float32 per level: the mean over a slice's codes, in nats per code.
         """
-        positions = np.asarray(positions, np.int32)
 
-        def nats(level: int) -> Callable[..., list[Any]]:
-            def of_batch(positions: np.ndarray, targets: np.ndarray, *coarse: np.ndarray) -> list[Any]:
-                logits = self.priors[level]((targets, positions, *coarse))
-                nats = keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
-                return [keras.ops.mean(nats, axis=(1, 2))]
+        def nats(logits: Any, targets: np.ndarray) -> list[Any]:
+            nats = keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
+            return [keras.ops.mean(nats, axis=(1, 2))]
 
-            return of_batch
+        return [values for (values,) in self._from_logits(nats, codes, positions)]
 
+    def surprise(self, codes: Sequence[np.ndarray], positions: Positions) -> np.ndarray:
+        """How much less probable codes are under the priors than codes that the priors themselves would sample.
+
+        The nats of each code, minus their expectation under the prior's own distribution for this code, are summed over
+        the grid and divided by their standard deviation. Codes sampled from the priors therefore have mean 0 and
+        variance 1, however detailed the slice. The nats alone depend more on the amount of detail.
+
+        Args:
+            codes: Code indices, (N, h, w) int32 per level.
+            positions: (N,) slice positions.
+
+        Returns:
+            (N,) float64, over all levels.
+        """
+
+        def moments(logits: Any, targets: np.ndarray) -> list[Any]:
+            log_probabilities = keras.ops.log_softmax(logits)
+            probabilities = keras.ops.exp(log_probabilities)
+            nats = keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
+            expected = -keras.ops.sum(probabilities * log_probabilities, axis=-1)
+            variance = keras.ops.sum(probabilities * keras.ops.square(log_probabilities), axis=-1) - expected**2
+            return [keras.ops.sum(nats - expected, axis=(1, 2)), keras.ops.sum(variance, axis=(1, 2))]
+
+        excess, variance = np.sum(self._from_logits(moments, codes, positions), axis=0, dtype=np.float64)
+        return excess / np.sqrt(np.maximum(variance, 1e-12))
+
+    def _from_logits(
+        self, function: Callable[[Any, np.ndarray], list[Any]], codes: Sequence[np.ndarray], positions: Positions
+    ) -> list[list[np.ndarray]]:
+        """Apply a function to the logits (B, h, w, K) and the codes (B, h, w) of each batch of each level.
+
+        Returns:
+            For each level, the tensors (N,) that the function returns.
+        """
         found = []
-        for level in range(len(self.priors)):
-            arrays = [positions, codes[level], *([codes[level - 1]] if level else [])]
-            found += self._in_batches(nats(level), arrays, "grids evaluated")
+        for level, prior in enumerate(self.priors):
+            inputs = {"codes": codes[level], **_conditioning(level, positions, codes)}
+
+            def of_batch(
+                *batch: np.ndarray, prior: model.PixelCNN = prior, keys: Sequence[str] = tuple(inputs)
+            ) -> list[Any]:
+                return function(prior(dict(zip(keys, batch, strict=True))), batch[0])
+
+            found.append(self._in_batches(of_batch, list(inputs.values()), "grids evaluated"))
         return found
 
     def bits(self, images: np.ndarray, positions: Positions | None = None) -> np.ndarray:
@@ -207,6 +250,12 @@ class Generator:
         return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
+def _conditioning(level: int, positions: Positions, codes: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs of a level's prior other than its own codes, given the codes of the coarser levels."""
+    conditioning = {"positions": np.asarray(positions, np.int32)}
+    return conditioning | {"coarse": codes[level - 1]} if level else conditioning
+
+
 def _to_float(images: np.ndarray) -> np.ndarray:
     return dataset.to_float(images) if images.dtype == np.uint8 else images.astype(np.float32)
 
@@ -228,28 +277,44 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def save(self, folder: Path) -> None:
-        """Write the code indices and one 8-bit grey PNG per sample to a new folder."""
-        folder.mkdir()
-        save_codes(folder, "codes", self.codes)
-        for i, (image, position) in enumerate(zip(self.images, self.positions, strict=True)):
-            pixels = (image[..., 0] * 255).round().astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"sample_{i:03d}_slice_{position}.png")
+    @property
+    def files(self) -> list[str]:
+        """Names of the PNGs in a run folder."""
+        return [f"samples/sample_{i:03d}_slice_{position}.png" for i, position in enumerate(self.positions)]
+
+    def save(self, *paths: Path) -> None:
+        """Write one 8-bit grey PNG per sample."""
+        for image, path in zip(self.images, paths, strict=True):
+            Image.fromarray((image[..., 0] * 255).round().astype(np.uint8)).save(path)
 
 
-def save_codes(folder: Path, name: str, codes: Sequence[np.ndarray]) -> None:
-    """Write code indices, (N, h, w) per level, as NAME.npy, or top_NAME.npy and bottom_NAME.npy."""
-    for prefix, indices in zip(model.level_prefixes(len(codes)), codes, strict=True):
-        np.save(folder / f"{prefix}{name}.npy", indices)
+def code_files(name: str, num_levels: int) -> list[str]:
+    """Names of files of code indices in a run folder: samples/NAME.npy, or top_NAME.npy and bottom_NAME.npy."""
+    return [f"samples/{prefix}{name}.npy" for prefix in model.level_prefixes(num_levels)]
 
 
-def load_samples(run: Run, name: str, generator: Generator, positions: np.ndarray) -> Samples:
-    """Samples whose codes `save_codes` has written to samples/ of a run. Raises RunError if they are damaged."""
-    grids = generator.vqvae.grids
-    codes = [
-        run.read_codes(f"{prefix}{name}", (len(positions), grid, grid), generator.num_embeddings)
-        for prefix, grid in zip(model.level_prefixes(len(grids)), grids, strict=True)
-    ]
+def make_samples(
+    run: Run, name: str, generator: Generator, positions: np.ndarray, sampling: dict[str, Any], made_from: Sequence[str]
+) -> Samples:
+    """Samples whose codes are in the `code_files` of a run. The codes are sampled if these files are not up to date.
+
+    Args:
+        run: The run.
+        name: Name of the files, as in "codes".
+        generator: The trained networks.
+        positions: (N,) int32 slice positions.
+        sampling: Keyword arguments of `Generator.sample_codes` other than the positions.
+        made_from: Names of the networks and facts that determine the samples; see `Run.make`.
+    """
+    files = code_files(name, len(generator.level_names))
+
+    def write(*paths: Path) -> None:
+        print(f"sampling {len(positions)} slices")
+        for path, indices in zip(paths, generator.sample_codes(positions, **sampling, purpose=name), strict=True):
+            np.save(path, indices)
+
+    run.make(files, made_from, write)
+    codes = [np.load(run.folder / file) for file in files]
     return Samples(generator.decode(codes), codes, positions)
 
 
@@ -262,8 +327,10 @@ class Results:
         slices: The data, by split.
         codes: Code indices of the slices, by split, (N, h, w) int32 per level.
         reconstructions: (N, H, W, 1) float32 in [0, 1], of the splits "validate" and "test".
-        samples: The samples that are saved in samples/.
-        test_samples: One sample per test slice, at its position; the metrics use these.
+        critic: The VQ-VAE with other priors, which were trained independently of the generator's.
+        samples: The samples that are saved as pictures.
+        compared: Indices of the slices of each split that are compared with samples.
+        compared_samples: One sample at the position of each of these slices, by split.
         sampling: How samples are drawn: keyword arguments of `Generator.sample` other than the positions.
         history: Rows of history.csv.
         numbers: Content of metrics.json; empty until the metrics are computed.
@@ -274,8 +341,10 @@ class Results:
     slices: dict[str, dataset.Slices]
     codes: dict[str, list[np.ndarray]]
     reconstructions: dict[str, np.ndarray]
+    critic: Generator
     samples: Samples
-    test_samples: Samples
+    compared: dict[str, np.ndarray]
+    compared_samples: dict[str, Samples]
     sampling: dict[str, Any]
     history: list[dict[str, Any]]
     numbers: dict[str, Any]

@@ -5,13 +5,15 @@ References:
     van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE)
     van den Oord et al. 2016a, "Pixel Recurrent Neural Networks" (PixelCNN)
     van den Oord et al. 2016b, "Conditional Image Generation with PixelCNN Decoders" (gated PixelCNN)
+    Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models" (cached sampling)
 
 Every sublayer has an explicit name, because saved files contain the names and those that Keras generates depend on
-which layers were created before.
+which layers were created before. No layer needs `get_config`: Keras generates it from the arguments.
 """
 
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -22,6 +24,7 @@ PACKAGE = "oasis_vqvae"  # package name under which the classes are registered i
 
 Tensor: TypeAlias = Any  # a tensor of the backend, or anything that the backend converts to one
 Shape: TypeAlias = tuple[int | None, ...]
+State: TypeAlias = dict[str, Tensor]  # what a layer keeps during cached sampling, see sampling.CachedLayer
 
 
 # ------------------------------------------------------------------------------------------------- SSIM
@@ -44,10 +47,8 @@ def gaussian_matrix(size: int, sigma: float = 1.5, radius: int = 5) -> np.ndarra
     offsets = np.arange(-radius, radius + 1)
     window = np.exp(-0.5 * (offsets / sigma) ** 2)
     window /= window.sum()
-    source = np.arange(size)[:, None] + offsets  # (size, window)
-    while ((source < 0) | (source >= size)).any():
-        source = np.where(source < 0, -1 - source, source)
-        source = np.where(source >= size, 2 * size - 1 - source, source)
+    mirrored = np.pad(np.arange(size), radius, mode="symmetric")
+    source = mirrored[np.arange(size)[:, None] + radius + offsets]  # (size, window)
     matrix = np.zeros((size, size))
     np.add.at(matrix, (np.arange(size)[:, None], source), window)
     return matrix.astype(np.float32)
@@ -79,15 +80,9 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean structural similarity of each image.
+    """Return the mean structural similarity of images x and y, (B, H, W, 1) float32 in [0, 1]: (B,), at most 1.
 
     Like scikit-image, this leaves out the 5 pixels at each edge, whose windows extend beyond the image.
-
-    Args:
-        x, y: (B, H, W, 1) float32 in [0, 1], with H and W of at least 11.
-
-    Returns:
-        (B,) float32, at most 1.
     """
     return ops.mean(ssim_map(x, y)[:, 5:-5, 5:-5], axis=(1, 2))
 
@@ -169,7 +164,7 @@ class VectorQuantizer(keras.layers.Layer):
 
     A code is dead if its count N_k falls below `dead_code_threshold` times the mean count. It is replaced by a random
     vector of the batch, and its count and sum are reset to match. Counts start at zero, so the first training batch
-    initialises the whole codebook. The codebook changes in training only.
+    initialises the whole codebook. The codebook changes in training only, and never while `trainable` is False.
 
     The layer computes in float32 under every dtype policy. Used alone in a model, it adds its losses through `losses`.
     `VQVAE` calls `loss_and_metrics` instead.
@@ -231,7 +226,7 @@ class VectorQuantizer(keras.layers.Layer):
             self.sums = self.add_weight(shape=shape, initializer="zeros", name="sums", **state)
 
     def call(self, inputs: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Quantize vectors (B, h, w, D), and update the codebook if `training`.
+        """Quantize vectors (B, h, w, D), and update the codebook if `training`, unless `trainable` is False.
 
         Returns:
             Quantized vectors (B, h, w, D) float32 and code indices (B, h, w) int32.
@@ -250,7 +245,7 @@ class VectorQuantizer(keras.layers.Layer):
         self.last_call.commitment_loss = commitment_loss
         self.last_call.counts = ops.sum(one_hot, axis=0)
         self.last_call.batch_size = ops.shape(inputs)[0]
-        if training:
+        if training and self.trainable:
             self._update_codebook(ops.reshape(ops.stop_gradient(inputs), (-1, self.embedding_dim)), one_hot)
         return inputs + ops.stop_gradient(quantized - inputs), indices
 
@@ -305,19 +300,6 @@ class VectorQuantizer(keras.layers.Layer):
         means = self.sums / ops.maximum(counts, 1e-8)
         self.embeddings.assign(ops.where(counts > 1e-8, means, ops.convert_to_tensor(self.embeddings)))
 
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "num_embeddings": self.num_embeddings,
-            "embedding_dim": self.embedding_dim,
-            "commitment_weight": self.commitment_weight,
-            "codebook": self.codebook,
-            "decay": self.decay,
-            "dead_code_threshold": self.dead_code_threshold,
-            "seed": self.seed,
-            "prefix": self.prefix,
-        }
-
 
 # --------------------------------------------------------------------------------------------- convolutions
 
@@ -326,11 +308,9 @@ class VectorQuantizer(keras.layers.Layer):
 class ResidualBlock(keras.layers.Layer):
     """x + conv(relu(norm(conv(relu(norm(x)))))) with 3 × 3 convolutions and group norm (Wu & He 2018).
 
-    The kernel of the last convolution starts at zero, so a new block is the identity. Group norm pools over the whole
-    slice, so even a code in the black background can carry information about distant regions.
-
-    Args:
-        filters: Number of channels of input and output.
+    Input and output have `filters` channels. The kernel of the last convolution starts at zero, so a new block is the
+    identity. Group norm pools over the whole slice, so even a code in the black background can carry information about
+    distant regions.
     """
 
     def __init__(self, filters: int, **kwargs: Any) -> None:
@@ -342,20 +322,10 @@ class ResidualBlock(keras.layers.Layer):
         self.outer_norm = keras.layers.GroupNormalization(groups, name="outer_norm")
         self.outer = keras.layers.Conv2D(filters, 3, padding="same", kernel_initializer="zeros", name="outer")
 
-    def build(self, input_shape: Shape) -> None:
-        inner_shape = (*input_shape[:-1], self.filters)
-        self.inner_norm.build(input_shape)
-        self.inner.build(input_shape)
-        self.outer_norm.build(inner_shape)
-        self.outer.build(inner_shape)
-
     def call(self, inputs: Tensor) -> Tensor:
         """(B, h, w, filters) -> the same shape."""
         inner = self.inner(ops.relu(self.inner_norm(inputs)))
         return inputs + self.outer(ops.relu(self.outer_norm(inner)))
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "filters": self.filters}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -371,9 +341,10 @@ class MaskedConv2D(keras.layers.Layer):
     Only the rows and columns of the kernel that contain a tap are stored. The remaining masked taps are zeroed by
     multiplying the kernel with the mask in `call`.
 
-    `call` convolves a whole grid, for training. Cached sampling computes the same output cell by cell: `convolve_rows`
-    applies the part of the kernel that covers complete rows, once per row, and `convolve_cells` the part that covers
-    the current row, once per cell. If a mask has both parts, the output is their sum.
+    `call` convolves a whole grid, for training. Cached sampling computes the same output piece by piece: `next_row`
+    applies the part of the kernel that covers complete rows, once per row, and `next_cell` the part that covers the
+    current row, once per cell. If a mask has both parts, the output is their sum. Each part has a cache of recent
+    inputs (Ramachandran et al. 2017), at first zeros like the padding.
 
     Args:
         filters: Number of output channels.
@@ -421,9 +392,8 @@ class MaskedConv2D(keras.layers.Layer):
         return taps[self.mask].astype(np.float32)
 
     def build(self, input_shape: Shape) -> None:
-        self.kernel = self.add_weight(
-            shape=(*self.taps.shape, input_shape[-1], self.filters), initializer="he_normal", name="kernel"
-        )
+        shape = (*self.taps.shape, input_shape[-1], self.filters)
+        self.kernel = self.add_weight(shape=shape, initializer="he_normal", name="kernel")
         self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -437,53 +407,83 @@ class MaskedConv2D(keras.layers.Layer):
             kernel = kernel * ops.cast(self.taps[:, :, None, None], kernel.dtype)
         return ops.conv(inputs, kernel, padding="valid", dilation_rate=self.dilation) + self.bias
 
-    def convolve_rows(self, rows: Tensor) -> Tensor:
-        """Return the contribution of complete rows to one output row.
+    def empty_rows(self, batch_size: Any, width: int) -> Tensor:
+        """Return the cache of `next_row` before the first row: (B, row_span, w, C)."""
+        return ops.zeros((batch_size, self.row_span, width, self.kernel.shape[2]))
 
-        Args:
-            rows: (B, row_span, w, C), the most recent input rows. The last one is the row above the output row or, for
-                "vertical B", the output row itself.
+    def empty_cells(self, batch_size: Any) -> Tensor:
+        """Return the cache of `next_cell` at the start of a row: (B, cell_span, C)."""
+        return ops.zeros((batch_size, self.cell_span, self.kernel.shape[2]))
 
-        Returns:
-            (B, w, filters), including the bias.
+    def next_row(self, rows: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new cache, and what complete rows contribute to an output row, with the bias: (B, w, filters).
+
+        `newest` (B, w, C) is the input row above the output row or, for "vertical B", the one at the output row.
         """
+        rows = ops.concatenate([rows[:, 1:], newest[:, None]], axis=1)
         side = self.kernel_size // 2 * self.dilation
-        rows = ops.pad(rows[:, :: self.dilation], ((0, 0), (0, 0), (side, side), (0, 0)))
+        padded = ops.pad(rows[:, :: self.dilation], ((0, 0), (0, 0), (side, side), (0, 0)))
         kernel = self.kernel[: self.row_taps]
-        return ops.conv(rows, kernel, padding="valid", dilation_rate=(1, self.dilation))[:, 0] + self.bias
+        return rows, ops.conv(padded, kernel, padding="valid", dilation_rate=(1, self.dilation))[:, 0] + self.bias
 
-    def convolve_cells(self, cells: Tensor) -> Tensor:
-        """Return the contribution of the current row to one output cell.
+    def next_cell(self, cells: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new cache, and what the current row contributes to an output cell: (B, filters).
 
-        Args:
-            cells: (B, cell_span, C), the most recent input cells of the row. The last one is the left neighbour of the
-                output cell or, for a mask B, the output cell itself.
-
-        Returns:
-            (B, filters), including the bias unless `convolve_rows` adds it.
+        `newest` (B, C) is the input to the left of the output cell or, for a mask B, the one at the output cell. The
+        bias is included unless `next_row` adds it.
         """
-        cells = cells[:, :: self.dilation]  # (B, cell_taps, C)
+        cells = ops.concatenate([cells[:, 1:], newest[:, None]], axis=1)
         kernel = ops.reshape(self.kernel[-1, : self.cell_taps], (-1, self.filters))
-        output = ops.reshape(cells, (-1, kernel.shape[0])) @ kernel
-        return output if self.row_taps else output + self.bias
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-            "mask": self.mask,
-            "dilation": self.dilation,
-        }
+        output = ops.reshape(cells[:, :: self.dilation], (-1, kernel.shape[0])) @ kernel
+        return cells, output if self.row_taps else output + self.bias
 
 
-# --------------------------------------------------------------------------------------------- PixelCNN blocks
+# --------------------------------------------------------------------------------------------- PixelCNN layers
+#
+# A layer maps stacks of features to new ones: (vertical, horizontal) in the gated PixelCNN, (horizontal,) in the plain
+# one. `call` computes whole grids, for training. `start`, `row` and `cell` compute the same cell by cell, for sampling;
+# `sampling.CachedLayer` describes them.
 
 
-def gated_activation(features: Tensor) -> Tensor:
-    """Return tanh(a) · σ(b) of channels (..., 2 · C) split into a and b (van den Oord et al. 2016b, equation 2)."""
-    a, b = ops.split(features, 2, axis=-1)
-    return ops.tanh(a) * ops.sigmoid(b)
+@keras.saving.register_keras_serializable(PACKAGE)
+class Stem(keras.layers.Layer):
+    """First layer of the PixelCNN: masked convolutions of type A, plus a learned vector for each place in the grid.
+
+    Args:
+        filters: Number of channels of each stack.
+        kernel_size: Kernel size, odd.
+        grid_size: (h, w) of the grid.
+        gated: Whether there are two stacks, each with a convolution of its own, or one.
+    """
+
+    def __init__(self, filters: int, kernel_size: int, grid_size: Sequence[int], gated: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gated = gated
+        shape = (*grid_size, filters)
+        self.position_embedding = self.add_weight(shape=shape, initializer="zeros", name="position_embedding")
+        if gated:
+            self.vertical = MaskedConv2D(filters, kernel_size, "vertical A", name="vertical")
+            self.horizontal = MaskedConv2D(filters, kernel_size, "horizontal A", name="horizontal")
+        else:
+            self.vertical = self.horizontal = MaskedConv2D(filters, kernel_size, "A", name="masked")
+
+    def call(self, embedded: Tensor) -> tuple[Tensor, ...]:
+        """Return the stacks, (B, h, w, filters) each, of embedded codes (B, h, w, C)."""
+        vertical = self.vertical(embedded) + self.position_embedding
+        return (vertical, self.horizontal(embedded) + vertical) if self.gated else (vertical,)
+
+    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
+        return {"rows": self.vertical.empty_rows(batch_size, grid_size[1])}
+
+    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
+        rows, above = self.vertical.next_row(state["rows"], vertical)
+        above = above + ops.take(self.position_embedding, row, axis=0)
+        cells = self.horizontal.empty_cells(ops.shape(vertical)[0])
+        return {"rows": rows, "cells": cells, "above": ops.swapaxes(above, 0, 1)}, above
+
+    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
+        cells, left = self.horizontal.next_cell(state["cells"], horizontal)
+        return {**state, "cells": cells}, left + ops.take(state["above"], column, axis=0)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -495,8 +495,7 @@ class GatedBlock(keras.layers.Layer):
 
     Args:
         filters: Number of channels of each stack.
-        kernel_size: Kernel size of the masked convolutions, odd.
-        dilation: Dilation of the masked convolutions.
+        kernel_size, dilation: Those of the masked convolutions.
         dropout: Dropout rate of the horizontal stack.
         last: Whether this is the last block, after which nothing reads the vertical stack.
     """
@@ -505,8 +504,6 @@ class GatedBlock(keras.layers.Layer):
         self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, last: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.filters, self.kernel_size, self.dilation, self.dropout_rate = filters, kernel_size, dilation, dropout
-        self.last = last
         self.vertical = MaskedConv2D(2 * filters, kernel_size, "vertical B", dilation, name="vertical")
         self.horizontal = MaskedConv2D(2 * filters, kernel_size, "horizontal B", dilation, name="horizontal")
         self.across = keras.layers.Dense(2 * filters, use_bias=False, name="across")  # vertical to horizontal stack
@@ -515,38 +512,38 @@ class GatedBlock(keras.layers.Layer):
         self.horizontal_out = keras.layers.Dense(filters, name="horizontal_out")
         self.dropout = keras.layers.Dropout(dropout, name="dropout")
 
-    def call(
-        self, vertical: Tensor, horizontal: Tensor, condition: Tensor, training: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new stacks (B, h, w, filters).
+    def call(self, stacks: tuple[Tensor, ...], condition: Tensor, training: bool = False) -> tuple[Tensor, ...]:
+        """Return the new stacks, (B, h, w, filters) each, given `condition` (B, h or 1, w or 1, filters)."""
+        vertical, horizontal = stacks
+        above, condition = self.vertical(vertical), self.condition(condition)
+        gate = self.horizontal(horizontal) + self.across(above) + condition
+        return self._update_vertical(vertical, above + condition), self._update_horizontal(horizontal, gate, training)
 
-        Args:
-            vertical, horizontal: The stacks, (B, h, w, filters).
-            condition: (B, h or 1, w or 1, filters).
-            training: Whether dropout is active.
-        """
-        condition = self.condition(condition)
-        above = self.vertical(vertical)
-        left = self.horizontal(horizontal) + self.across(above) + condition
-        return self.update_vertical(vertical, above + condition), self.update_horizontal(horizontal, left, training)
-
-    def update_vertical(self, vertical: Tensor, gate: Tensor) -> Tensor:
-        """Return the new vertical stack (..., filters), given the input of its gate (..., 2 · filters)."""
+    def _update_vertical(self, vertical: Tensor, gate: Tensor) -> Tensor:
         return vertical if self.vertical_out is None else vertical + self.vertical_out(gated_activation(gate))
 
-    def update_horizontal(self, horizontal: Tensor, gate: Tensor, training: bool = False) -> Tensor:
-        """Return the new horizontal stack (..., filters), given the input of its gate (..., 2 · filters)."""
+    def _update_horizontal(self, horizontal: Tensor, gate: Tensor, training: bool = False) -> Tensor:
         return horizontal + self.horizontal_out(self.dropout(gated_activation(gate), training=training))
 
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-            "dilation": self.dilation,
-            "dropout": self.dropout_rate,
-            "last": self.last,
-        }
+    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
+        return {"rows": self.vertical.empty_rows(batch_size, grid_size[1])}
+
+    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
+        rows, above = self.vertical.next_row(state["rows"], vertical)
+        condition, cells = self.condition(condition), self.horizontal.empty_cells(ops.shape(vertical)[0])
+        state = {"rows": rows, "cells": cells, "above": ops.swapaxes(self.across(above) + condition, 0, 1)}
+        return state, self._update_vertical(vertical, above + condition)
+
+    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
+        cells, left = self.horizontal.next_cell(state["cells"], horizontal)
+        gate = left + ops.take(state["above"], column, axis=0)
+        return {**state, "cells": cells}, self._update_horizontal(horizontal, gate)
+
+
+def gated_activation(features: Tensor) -> Tensor:
+    """Return tanh(a) · σ(b) of channels (..., 2 · C) split into a and b (van den Oord et al. 2016b, equation 2)."""
+    a, b = ops.split(features, 2, axis=-1)
+    return ops.tanh(a) * ops.sigmoid(b)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -557,44 +554,47 @@ class PlainBlock(keras.layers.Layer):
 
     Args:
         filters: Number of channels of input and output.
-        kernel_size: Kernel size of the masked convolution, odd.
-        dilation: Dilation of the masked convolution.
+        kernel_size, dilation: Those of the masked convolution.
         dropout: Dropout rate before the last convolution.
     """
 
     def __init__(self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.filters, self.kernel_size, self.dilation, self.dropout_rate = filters, kernel_size, dilation, dropout
         self.reduce = keras.layers.Dense(filters // 2, name="reduce")
         self.masked = MaskedConv2D(filters // 2, kernel_size, "B", dilation, name="masked")
         self.expand = keras.layers.Dense(filters, name="expand")
         self.condition = keras.layers.Dense(filters // 2, use_bias=False, name="condition")
         self.dropout = keras.layers.Dropout(dropout, name="dropout")
 
-    def call(self, features: Tensor, condition: Tensor, training: bool = False) -> Tensor:
-        """Return the new features (B, h, w, filters).
+    def call(self, stacks: tuple[Tensor, ...], condition: Tensor, training: bool = False) -> tuple[Tensor, ...]:
+        """Return the new stack, (B, h, w, filters), given `condition` (B, h or 1, w or 1, filters)."""
+        inner = self.masked(self._reduce(stacks[0])) + self.condition(condition)
+        return (self._update(stacks[0], inner, training),)
 
-        Args:
-            features: (B, h, w, filters).
-            condition: (B, h or 1, w or 1, filters).
-            training: Whether dropout is active.
-        """
-        inner = self.masked(self.reduce_features(features)) + self.condition(condition)
-        return self.update_features(features, inner, training)
-
-    def reduce_features(self, features: Tensor) -> Tensor:
-        """Return the input of the masked convolution: (..., filters) -> (..., filters / 2)."""
+    def _reduce(self, features: Tensor) -> Tensor:
         return ops.relu(self.reduce(ops.relu(features)))
 
-    def update_features(self, features: Tensor, inner: Tensor, training: bool = False) -> Tensor:
-        """Return the new features (..., filters), given masked convolution plus condition (..., filters / 2)."""
+    def _update(self, features: Tensor, inner: Tensor, training: bool = False) -> Tensor:
         return features + self.expand(self.dropout(ops.relu(inner), training=training))
 
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-            "dilation": self.dilation,
-            "dropout": self.dropout_rate,
-        }
+    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
+        rows = self.masked.empty_rows(batch_size, grid_size[1])
+        return {"rows": rows, "newest": ops.swapaxes(rows[:, 0], 0, 1)}  # the row above is written cell by cell
+
+    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
+        rows, above = self.masked.next_row(state["rows"], ops.swapaxes(state["newest"], 0, 1))
+        above = ops.swapaxes(above + self.condition(condition), 0, 1)
+        cells = self.masked.empty_cells(ops.shape(rows)[0])
+        return {"rows": rows, "newest": state["newest"], "cells": cells, "above": above}, vertical
+
+    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
+        reduced = self._reduce(horizontal)
+        cells, left = self.masked.next_cell(state["cells"], reduced)
+        newest = write(state["newest"], column, reduced)
+        inner = left + ops.take(state["above"], column, axis=0)
+        return {**state, "cells": cells, "newest": newest}, self._update(horizontal, inner)
+
+
+def write(array: Tensor, index: Tensor, entry: Tensor) -> Tensor:
+    """Return an array (n, ...) in which the item at an index, a scalar, is replaced by an entry (...)."""
+    return ops.scatter_update(array, ops.reshape(ops.cast(index, "int32"), (1, 1)), entry[None])

@@ -1,89 +1,91 @@
-"""Every number in metrics.json: reconstructions, codes, likelihood, and samples compared with real slices.
+"""Measure reconstructions, codes and likelihood. comparison.py compares samples with real slices."""
 
-Each function depends on its arguments and `seed` only, never on what ran before.
-"""
-
+import io
 import math
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from PIL import Image
 from skimage.metrics import structural_similarity
 
+import model
 import two_sample
 from dataset import Slices
-from generator import Generator, Results
+from generator import Results
 
 BRAIN_THRESHOLD = 0.05  # Pixels of the original that are brighter than this belong to the brain.
 RECONSTRUCTION_METRICS = ("ssim", "ssim_brain", "ms_ssim", "psnr_db", "mae")  # One number per slice each.
 
 
-def measure(results: Results, seed: int) -> dict[str, Any]:
-    """Compute the contents of metrics.json; undefined numbers are None.
+def measure(results: Results) -> dict[str, Any]:
+    """Measure reconstructions, codes and likelihood.
 
     Args:
         results: Everything that a run has produced. `results.numbers` is not used.
-        seed: Seed of the bootstrap, the random pairs and the classifiers.
 
     Returns:
         The sizes of the test split (`test_slices`, `test_subjects`) and the numbers of `reconstruction_metrics`,
-        `code_and_prior_metrics`, `likelihood_metrics` and `sample_metrics`.
+        `code_and_prior_metrics` and `likelihood_metrics`.
     """
-    print("measuring reconstructions, codes and likelihood on the test split")
-    validation, test = results.slices["validate"], results.slices["test"]
-    reconstructions = results.reconstructions["test"]
+    test, reconstructions = results.slices["test"], results.reconstructions["test"]
     numbers: dict[str, Any] = {
         "test_slices": len(test),
         "test_subjects": len(set(test.subjects)),
-        **reconstruction_metrics(test.images, reconstructions, test.positions, test.subjects, seed),
-        **code_and_prior_metrics(results.generator, results.codes["test"], test.positions),
+        **reconstruction_metrics(test, reconstructions),
+        **code_and_prior_metrics(results),
     }
-    numbers |= likelihood_metrics(
-        (validation.images, results.reconstructions["validate"]),
-        (test.images, reconstructions),
-        numbers["prior_bits_per_image"],
-    )
-    samples = results.test_samples.images
-    print(f"comparing {len(samples)} samples with the test split")
-    numbers |= sample_metrics(samples, reconstructions, test, results.slices["train"], seed)
-    return _replace_nan(numbers)
+    return numbers | likelihood_metrics(results, numbers["prior_bits_per_image"])
 
 
-def _replace_nan(value: Any) -> Any:
-    """Replace NaN by None in nested dictionaries and lists, because JSON has no NaN."""
+def slice_rows(results: Results) -> list[dict[str, Any]]:
+    """Measure each test slice, so that two runs on the same slices can be compared in pairs.
+
+    Returns:
+        One dictionary per slice: subject, position, each of `RECONSTRUCTION_METRICS`, and the nats of its codes under
+        the prior of each level.
+    """
+    test = results.slices["test"]
+    columns: dict[str, Any] = {"subject": test.subjects, "position": test.positions}
+    columns |= metrics_by_slice(test.images, results.reconstructions["test"])
+    prefixes = model.level_prefixes(len(results.codes["test"]))
+    nats = results.generator.nats_per_code(results.codes["test"], test.positions)
+    for prefix, codes, values in zip(prefixes, results.codes["test"], nats, strict=True):
+        columns[f"{prefix}nats"] = values * codes[0].size
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN and infinity by None in nested dictionaries and lists, because JSON has neither."""
     if isinstance(value, dict):
-        return {key: _replace_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_replace_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -------------------------------------------------------------------------------------- reconstructions
 
 
-def reconstruction_metrics(
-    originals: np.ndarray, reconstructions: np.ndarray, positions: np.ndarray, subjects: np.ndarray, seed: int
-) -> dict[str, Any]:
+def reconstruction_metrics(slices: Slices, reconstructions: np.ndarray) -> dict[str, Any]:
     """Measure how close reconstructions are to their originals.
 
     Args:
-        originals: (N, H, W, 1) uint8.
+        slices: The originals, N slices.
         reconstructions: (N, H, W, 1) float32, clipped to [0, 1].
-        positions: (N,) slice positions.
-        subjects: (N,) subject of each slice.
-        seed: Seed of the bootstrap.
 
     Returns:
         The mean over slices of each of `RECONSTRUCTION_METRICS` (see `metrics_by_slice`); `*_interval`, its 95 %
         interval over subjects; `by_position`, the means at each slice position; `worst_slices`, the ten slices with
-        the lowest `ssim_brain`, worst first; and `half_power_frequency`.
+        the lowest `ssim_brain`, worst first; `half_power_frequency`; and the numbers of `power_ratios`.
     """
-    values = metrics_by_slice(originals, reconstructions)
+    positions, subjects = slices.positions, slices.subjects
+    values = metrics_by_slice(slices.images, reconstructions)
     numbers: dict[str, Any] = {}
     for name in RECONSTRUCTION_METRICS:
         numbers[name] = _mean(values[name])
-        numbers[f"{name}_interval"] = two_sample.interval_over_subjects(values[name], subjects, seed)
+        numbers[f"{name}_interval"] = two_sample.interval_over_subjects(values[name], subjects)
 
     def means(chosen: np.ndarray) -> dict[str, float]:
         return {name: _mean(values[name][chosen]) for name in RECONSTRUCTION_METRICS}
@@ -98,10 +100,8 @@ def reconstruction_metrics(
         {"index": int(i), "subject": str(subjects[i]), "position": int(positions[i]), **means(np.array([i]))}
         for i in worst
     ]
-    numbers["half_power_frequency"] = half_power_frequency(
-        power_spectrum(originals / np.float32(255)), power_spectrum(reconstructions)
-    )
-    return numbers
+    spectra = power_spectrum(slices.images / np.float32(255)), power_spectrum(reconstructions)
+    return {**numbers, "half_power_frequency": half_power_frequency(*spectra), **power_ratios(*spectra)}
 
 
 def metrics_by_slice(originals: np.ndarray, reconstructions: np.ndarray) -> dict[str, np.ndarray]:
@@ -186,39 +186,62 @@ def power_spectrum(images: np.ndarray) -> np.ndarray:
 
 
 def half_power_frequency(original: np.ndarray, reconstruction: np.ndarray) -> float:
-    """Return the highest frequency, in cycles per pixel, at which reconstructions have half of the original power.
+    """Return the frequency, in cycles per pixel, up to which reconstructions have half of the original power or more.
 
-    The lower it is, the blurrier the reconstructions, but noise raises it. At most 0.5, the Nyquist frequency.
+    The lower it is, the blurrier the reconstructions. At most 0.5, the Nyquist frequency.
 
     Args:
         original: (S // 2,) power spectrum, see `power_spectrum`.
         reconstruction: The same of the reconstructions.
     """
-    enough = np.flatnonzero(reconstruction >= original / 2)
-    return float((enough[-1] + 1) / (2 * len(original))) if len(enough) else 0.0
+    too_low = np.flatnonzero(reconstruction < original / 2)
+    return float((too_low[0] if len(too_low) else len(original)) / (2 * len(original)))
+
+
+def power_ratios(original: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Compare two power spectra in three bands.
+
+    Args:
+        original: (S // 2,) power spectrum of real slices, see `power_spectrum`.
+        other: The same of other images.
+
+    Returns:
+        power_low, power_middle, power_high: Power of the other images relative to the real slices below an eighth, from
+        an eighth to a quarter, and above a quarter of a cycle per pixel. 1 is best; less means blur, more noise.
+    """
+    frequencies = np.arange(1, len(original) + 1) / (2 * len(original))
+    bands = np.digitize(frequencies, [0.125, 0.25])
+    # Each frequency stands for a ring of the two-dimensional spectrum, whose size grows with the frequency.
+    power = [np.bincount(bands, frequencies * spectrum, 3) for spectrum in (original, other)]
+    ratios = power[1] / np.maximum(power[0], 1e-12)
+    return {f"power_{name}": float(ratio) for name, ratio in zip(("low", "middle", "high"), ratios, strict=True)}
 
 
 # ------------------------------------------------------------------------------------ codes and likelihood
 
 
-def code_and_prior_metrics(generator: Generator, codes: list[np.ndarray], positions: np.ndarray) -> dict[str, Any]:
+def code_and_prior_metrics(results: Results) -> dict[str, Any]:
     """Measure codebook use and the cross-entropy of the priors.
 
-    Args:
-        generator: The trained networks.
-        codes: (N, h, w) code indices of each level, the coarsest first.
-        positions: (N,) slice positions.
-
     Returns:
-        The numbers of `code_metrics` and `prior_metrics`, combined by `combine_levels`.
+        The numbers of `code_metrics` and `prior_metrics` on the test split, and the same cross-entropy on the other
+        splits (prior_nats_per_code_train, prior_nats_per_code_validate), combined by `combine_levels`. All are
+        evaluated alike, with the final weights and without dropout, so that the splits can be compared.
     """
-    nats = generator.nats_per_code(codes, positions)
+    generator, nats = results.generator, {}
+    for split, slices in results.slices.items():
+        chosen = np.arange(len(slices)) if split == "test" else results.compared[split]
+        codes = [indices[chosen] for indices in results.codes[split]]
+        by_level = generator.nats_per_code(codes, slices.positions[chosen])
+        nats[split] = [float(np.mean(values, dtype=np.float64)) for values in by_level]
     levels = [
         {
             **code_metrics(indices, generator.num_embeddings),
-            **prior_metrics(float(np.mean(values, dtype=np.float64)), indices[0].size),
+            **prior_metrics(nats["test"][level], indices[0].size),
+            "prior_nats_per_code_train": nats["train"][level],
+            "prior_nats_per_code_validate": nats["validate"][level],
         }
-        for indices, values in zip(codes, nats, strict=True)
+        for level, indices in enumerate(results.codes["test"])
     ]
     return combine_levels(levels, generator.level_names)
 
@@ -269,36 +292,52 @@ def combine_levels(levels: list[dict[str, float]], names: tuple[str, ...]) -> di
     return combined
 
 
-def likelihood_metrics(
-    validation: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], prior_bits_per_image: float
-) -> dict[str, float]:
+def likelihood_metrics(results: Results, prior_bits_per_image: float) -> dict[str, float]:
     """Compute an upper bound on −log₂ p(x) / (H · W) of 8-bit test images x, in bits per pixel.
 
-    An image is coded as its code indices, using the prior, followed by its pixels given the codes, using a logistic
-    distribution around the decoder's output that is discretised to 8 bits (Salimans et al. 2017, equation 2). This
-    is an upper bound because other codes may yield the same image. The scale of the logistic is fitted on the
-    validation split, separately for each grey level that the decoder predicts: black is more certain than edges.
+    An image is coded as its slice position, each position with the same probability; its code indices, using the prior;
+    and its pixels given the codes, using a logistic distribution around the decoder's output that is discretised to 8
+    bits (Salimans et al. 2017, equation 2). This is an upper bound because other codes may yield the same image. The
+    scale of the logistic is fitted on the validation split, separately for each grey level that the decoder predicts:
+    black is more certain than edges.
 
     Args:
-        validation: Originals (N, H, W, 1) uint8 and their reconstructions, float32 in [0, 1].
-        test: The same of the test split.
+        results: Everything that a run has produced.
         prior_bits_per_image: Bits per image by the priors, all levels together.
 
     Returns:
-        bits_per_dimension: Sum of prior_bits_per_dimension and decoder_bits_per_dimension.
-        histogram_bits_per_dimension: Entropy of the grey level histogram of the test pixels, for comparison.
+        bits_per_dimension: Sum of position_bits_per_dimension, prior_bits_per_dimension and decoder_bits_per_dimension.
+        png_bits_per_dimension, webp_bits_per_dimension: For comparison, those of lossless files, headers included.
     """
-    scales = fit_logistic_scales(joint_histogram(*validation))
-    counts = joint_histogram(*test)
-    prior = prior_bits_per_image / test[0][0].size
-    decoder = logistic_bits(counts, scales)
-    frequencies = counts.sum(axis=0) / counts.sum()
-    return {
-        "bits_per_dimension": prior + decoder,
-        "prior_bits_per_dimension": prior,
-        "decoder_bits_per_dimension": decoder,
-        "histogram_bits_per_dimension": float(-np.sum(frequencies * np.log2(np.maximum(frequencies, 1e-300)))),
+    validate, test = results.slices["validate"], results.slices["test"]
+    scales = fit_logistic_scales(joint_histogram(validate.images, results.reconstructions["validate"]))
+    pixels = test.images[0].size
+    parts = {
+        "position_bits_per_dimension": math.log2(len(results.generator.positions)) / pixels,
+        "prior_bits_per_dimension": prior_bits_per_image / pixels,
+        "decoder_bits_per_dimension": logistic_bits(
+            joint_histogram(test.images, results.reconstructions["test"]), scales
+        ),
     }
+    return {
+        "bits_per_dimension": sum(parts.values()),
+        **parts,
+        "png_bits_per_dimension": file_bits(test.images, "PNG", optimize=True),
+        "webp_bits_per_dimension": file_bits(test.images, "WEBP", lossless=True, quality=100, method=6),
+    }
+
+
+def file_bits(images: np.ndarray, file_format: str, **options: Any) -> float:
+    """Return the bits per pixel of images (N, H, W, 1) uint8 in files of a format; NaN if Pillow cannot write it."""
+    size = 0
+    for image in images:
+        with io.BytesIO() as file:
+            try:
+                Image.fromarray(image[..., 0]).save(file, file_format, **options)
+            except (KeyError, OSError):  # Pillow was built without the format.
+                return math.nan
+            size += len(file.getvalue())
+    return 8 * size / images.size
 
 
 def joint_histogram(originals: np.ndarray, predictions: np.ndarray) -> np.ndarray:
@@ -345,145 +384,6 @@ def _logistic_log_prob(scales: np.ndarray) -> np.ndarray:
     # QuantizedDistribution rounds up. Subtracting half a level makes it round to the nearest level.
     shifted = tfd.TransformedDistribution(logistic, tfp.bijectors.Shift(np.float64(-0.5)))
     return tfd.QuantizedDistribution(shifted, low=0.0, high=255.0).log_prob(levels).numpy()
-
-
-# ---------------------------------------------------------------------------------------------- samples
-
-
-def sample_metrics(
-    samples: np.ndarray, reconstructions: np.ndarray, test: Slices, training: Slices, seed: int
-) -> dict[str, Any]:
-    """Compare samples with real slices of the test subjects, which no network has seen.
-
-    Two reference sets are compared with the test slices in the same way: their reconstructions, the best that the
-    decoder allows, and real slices of other subjects (`matched_training_slices`), the best that any model can reach.
-    All sets have the same number of slices at the same positions, and all pass through `to_display_uint8` first.
-
-    Args:
-        samples: (N, H, W, 1) float32 in [0, 1], one sample at the position of each test slice.
-        reconstructions: (N, H, W, 1) float32 in [0, 1], in the order of the test slices.
-        test: The N slices of the test split.
-        training: The slices of the training split.
-        seed: Seed of the pairs, the classifiers and the bootstrap.
-
-    Returns:
-        Two dictionaries, `samples` and `references`. `samples` holds
-
-        - count: N.
-        - c2st_real, c2st_reconstructions: `two_sample.classifier_two_sample_test` against the real slices and against
-          their reconstructions.
-        - The numbers of `two_sample.prdc`, `two_sample.mmd2` and `two_sample.nearest_neighbour_metrics`.
-        - ms_ssim_of_pairs: Mean MS-SSIM of pairs at the same position.
-        - nearest_to_training: The ten samples nearest to a training slice in pixels, as {index, train_index, distance}.
-
-        `references` holds the same numbers of `reconstructions` and of `other_subjects`, except those that only make
-        sense for samples, and real_ms_ssim_of_pairs.
-    """
-    positions, subjects = test.positions, test.subjects
-    matched = matched_training_slices(training.positions, training.subjects, positions, subjects, seed)
-    real, train = to_display_uint8(test.images), to_display_uint8(training.images)
-    decoded = to_display_uint8(reconstructions)
-    sets = {  # Images and their subjects. Every sample counts as a subject of its own.
-        "samples": (to_display_uint8(samples), np.array([f"sample {i}" for i in range(len(samples))])),
-        "reconstructions": (decoded, subjects),
-        "other_subjects": (train[matched], training.subjects[matched]),
-    }
-    train_features = two_sample.random_features(train)
-    whiten = two_sample.whitening(train_features)
-    real_features, train_features = whiten(two_sample.random_features(real)), whiten(train_features)
-    real_distances = {
-        "pixels": two_sample.nearest_neighbours(_flat(real), _flat(train), subjects, training.subjects)[1],
-        "features": two_sample.nearest_neighbours(real_features, train_features, subjects, training.subjects)[1],
-    }
-    pairs = random_pairs(positions, subjects, seed)
-    found: dict[str, dict[str, Any]] = {}
-    for name, (images, owners) in sets.items():
-        features = whiten(two_sample.random_features(images))
-        index, pixels = two_sample.nearest_neighbours(_flat(images), _flat(train), owners, training.subjects)
-        distances = {
-            "pixels": pixels,
-            "features": two_sample.nearest_neighbours(features, train_features, owners, training.subjects)[1],
-        }
-        found[name] = {
-            "c2st_real": two_sample.classifier_two_sample_test(real, images, subjects, seed),
-            **two_sample.prdc(real_features, features, subjects, owners),
-            **two_sample.mmd2(real_features, features, subjects, owners),
-            "ms_ssim_of_pairs": ms_ssim_of_pairs(images, pairs),
-            **two_sample.nearest_neighbour_metrics(distances, real_distances),
-        }
-        if name == "samples":
-            found[name] |= {
-                "count": len(samples),
-                "c2st_reconstructions": two_sample.classifier_two_sample_test(decoded, images, subjects, seed),
-                "nearest_to_training": [
-                    {"index": int(i), "train_index": int(index[i]), "distance": float(pixels[i])}
-                    for i in np.argsort(pixels, kind="stable")[:10]
-                ],
-            }
-    references = {name: found[name] for name in ("reconstructions", "other_subjects")}
-    return {
-        "samples": found["samples"],
-        "references": {**references, "real_ms_ssim_of_pairs": ms_ssim_of_pairs(real, pairs)},
-    }
-
-
-def to_display_uint8(images: np.ndarray) -> np.ndarray:
-    """Convert images to what an 8-bit PNG with a clean background shows: values up to 0.05 become black.
-
-    Decoders leave faint noise where real slices are exactly black. No comparison should depend on it.
-
-    Args:
-        images: (N, H, W, 1) uint8, or float, clipped to [0, 1].
-
-    Returns:
-        (N, H, W, 1) uint8.
-    """
-    if images.dtype != np.uint8:
-        images = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
-    return np.where(images > BRAIN_THRESHOLD * 255, images, np.uint8(0))
-
-
-def matched_training_slices(
-    train_positions: np.ndarray, train_subjects: np.ndarray, positions: np.ndarray, subjects: np.ndarray, seed: int
-) -> np.ndarray:
-    """Choose a training slice for each test slice, such that both sets have the same composition.
-
-    Each test subject is matched with a random training subject, a different one each time as long as there are any,
-    and each of its slices with that subject's slice at the nearest position.
-
-    Returns:
-        (N,) indices of training slices.
-    """
-    names, train_names = np.unique(subjects), np.unique(train_subjects)
-    partners = np.resize(np.random.default_rng(seed).permutation(train_names), len(names))
-    chosen = np.empty(len(subjects), np.int64)
-    for name, partner in zip(names, partners, strict=True):
-        own, others = np.flatnonzero(subjects == name), np.flatnonzero(train_subjects == partner)
-        chosen[own] = others[np.abs(positions[own][:, None] - train_positions[others]).argmin(axis=1)]
-    return chosen
-
-
-def random_pairs(positions: np.ndarray, subjects: np.ndarray, seed: int, rounds: int = 3) -> np.ndarray:
-    """Draw pairs of slices at the same position that show different subjects, up to `rounds` per slice.
-
-    Returns:
-        (P, 2) indices, P at most N · `rounds`.
-    """
-    rng, pairs = np.random.default_rng(seed), []
-    for i in range(len(positions)):
-        partners = np.flatnonzero((positions == positions[i]) & (subjects != subjects[i]))
-        pairs += [(i, j) for j in rng.permutation(partners)[:rounds]]
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def ms_ssim_of_pairs(images: np.ndarray, pairs: np.ndarray) -> float:
-    """Return the mean MS-SSIM of pairs (P, 2) of uint8 images; higher is less varied. NaN if there are no pairs."""
-    x, y = (images[pairs[:, side]] / np.float32(255) for side in (0, 1))
-    return float(ms_ssim(x, y).mean()) if len(pairs) else math.nan
-
-
-def _flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1)
 
 
 def _mean(values: np.ndarray) -> float:

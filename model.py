@@ -10,19 +10,20 @@ Both are Keras models that train with the stock `fit` on any backend. After `imp
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+import seeds
 from layers import (
     PACKAGE,
     GatedBlock,
-    MaskedConv2D,
     PlainBlock,
     ResidualBlock,
+    Stem,
     Tensor,
     VectorQuantizer,
     replica_index_and_count,
@@ -47,6 +48,11 @@ def level_prefixes(num_levels: int) -> tuple[str, ...]:
 def prior_names(num_levels: int) -> tuple[str, ...]:
     """Return the names of the priors, coarsest level first: ("prior",) or ("top_prior", "bottom_prior")."""
     return tuple(f"{prefix}prior" for prefix in level_prefixes(num_levels))
+
+
+def critic_names(num_levels: int) -> tuple[str, ...]:
+    """Return the names of the critics, coarsest level first: ("critic",) or ("top_critic", "bottom_critic")."""
+    return tuple(f"{prefix}critic" for prefix in level_prefixes(num_levels))
 
 
 def check_grids(image_size: int, grids: Sequence[int]) -> None:
@@ -106,7 +112,7 @@ class VQVAE(keras.Model):
         channels: Number of channels of the first convolution. All others have twice as many.
         residual_blocks: Number of residual blocks at the resolution of a grid, in encoder and decoder each.
         num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, dead_code_threshold, seed: See
-            `VectorQuantizer`. They are the same for all levels, except that level i uses the seed `seed` + i.
+            `VectorQuantizer`. They are the same for all levels, but each level has its own random stream.
         mse_weight, l1_weight, ssim_weight: Weights of the reconstruction loss.
         data_variance: Variance of all pixels of the training images, in [0, 1].
         bottom_dropout: Fraction of the training images that are decoded from the top level alone. Ignored with one
@@ -168,7 +174,7 @@ class VQVAE(keras.Model):
         self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
         self.data_variance, self.bottom_dropout = data_variance, bottom_dropout
         if len(grids) > 1:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, "bottom dropout"))
 
         # One of each per level, coarsest first
         self.encoders: list[keras.Sequential] = []
@@ -190,7 +196,7 @@ class VQVAE(keras.Model):
                     codebook,
                     ema_decay,
                     dead_code_threshold,
-                    seed + level,
+                    seeds.number(seed, "dead codes", level),
                     prefix,
                     name=f"{prefix}quantizer",
                 )
@@ -229,6 +235,16 @@ class VQVAE(keras.Model):
             mean = sum_over_replicas(mean) / replicas
             uniforms = uniforms[index * batch_size : (index + 1) * batch_size]
         return ops.where(uniforms < self.bottom_dropout, mean, quantized)
+
+    @property
+    def image_decoder(self) -> keras.Sequential:
+        """The decoder that outputs images, the only part that the codes of images do not depend on.
+
+        To train it alone:
+
+            for layer in vqvae.layers: layer.trainable = layer is vqvae.image_decoder
+        """
+        return self.decoders[-1]
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the output of every encoder for images (B, H, W, 1): (B, h, w, C) for each level, coarsest first."""
@@ -382,8 +398,8 @@ class PixelCNN(keras.Model):
 
     Example: For codes (B, 12, 12) int32, slice positions (B,) int32, coarse codes (B, 6, 6) int32, and K = 512:
 
-        model((codes, positions))                -> logits (B, 12, 12, 512) float32
-        model((codes, positions, coarse_codes))  the same for a bottom prior
+        model({"codes": codes, "positions": positions})                    -> logits (B, 12, 12, 512) float32
+        model({"codes": codes, "positions": positions, "coarse": coarse})  the same for a bottom prior
     """
 
     FIRST_KERNEL = 7  # kernel size of the first convolution
@@ -416,13 +432,10 @@ class PixelCNN(keras.Model):
         }
         self.num_embeddings, self.grid_size = num_embeddings, tuple(grid_size)
         self.coarse_grid_size = tuple(coarse_grid_size) if coarse_grid_size else None
-        self.gated, self.use_position = gated, use_position
+        self.use_position = use_position
 
         dilations = block_dilations(max(grid_size), self.FIRST_KERNEL, kernel_size, num_blocks)
         self.embedding = keras.layers.Embedding(num_embeddings, filters, name="embedding")
-        self.position_embedding = self.add_weight(
-            shape=(*grid_size, filters), initializer="zeros", name="position_embedding"
-        )
         self.slice_embedding = keras.layers.Dense(filters, activation="relu", name="slice_embedding")
         self.coarse_network = None
         if coarse_grid_size:
@@ -437,15 +450,14 @@ class PixelCNN(keras.Model):
                 ],
                 name="coarse",
             )
+        self.stem = Stem(filters, self.FIRST_KERNEL, grid_size, gated, name="stem")
+        self.blocks: list[GatedBlock] | list[PlainBlock]
         if gated:
-            self.first_vertical = MaskedConv2D(filters, self.FIRST_KERNEL, "vertical A", name="first_vertical")
-            self.first_horizontal = MaskedConv2D(filters, self.FIRST_KERNEL, "horizontal A", name="first_horizontal")
             self.blocks = [
                 GatedBlock(filters, kernel_size, dilation, dropout, last=i == num_blocks - 1, name=f"block_{i}")
                 for i, dilation in enumerate(dilations)
             ]
         else:
-            self.first = MaskedConv2D(filters, self.FIRST_KERNEL, "A", name="first")
             self.blocks = [
                 PlainBlock(filters, kernel_size, dilation, dropout, name=f"block_{i}")
                 for i, dilation in enumerate(dilations)
@@ -453,59 +465,49 @@ class PixelCNN(keras.Model):
         self.hidden = keras.layers.Dense(filters, activation="relu", name="hidden")
         self.logits = keras.layers.Dense(num_embeddings, dtype="float32", name="logits")
         self.bits_per_code = keras.metrics.Mean(name="bits_per_code")
-        shapes = [grid_size, (), *([coarse_grid_size] if coarse_grid_size else [])]
-        self(tuple(keras.Input(shape, dtype="int32") for shape in shapes))  # creates the weights
+        shapes = {"codes": grid_size, "positions": (), **({"coarse": coarse_grid_size} if coarse_grid_size else {})}
+        self({key: keras.Input(shape, dtype="int32") for key, shape in shapes.items()})  # creates the weights
 
-    def call(self, inputs: tuple[Tensor, ...], training: bool = False) -> Tensor:
+    def call(self, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor:
         """Compute the logits of every code given the earlier ones.
 
         Args:
-            inputs: Code indices (B, h, w), slice positions (B,) and, for a bottom prior, coarse codes (B, h', w'), all
-                int32.
+            inputs: "codes", code indices (B, h, w) int32, and what `condition` reads.
             training: Whether dropout is active.
 
         Returns:
             (B, h, w, K) float32.
         """
-        codes, *conditioning = inputs
-        condition = self.condition(*conditioning)
-        embedded = self.embedding(codes)  # (B, h, w, filters)
-        position_embedding = ops.cast(self.position_embedding, self.compute_dtype)
-        if self.gated:
-            vertical = self.first_vertical(embedded) + position_embedding
-            features = self.first_horizontal(embedded) + vertical
-            for block in self.blocks:
-                vertical, features = block(vertical, features, condition, training=training)
-        else:
-            features = self.first(embedded) + position_embedding
-            for block in self.blocks:
-                features = block(features, condition, training=training)
-        return self.head(features)
+        condition = self.condition(inputs)
+        stacks = self.stem(self.embedding(inputs["codes"]))
+        for block in self.blocks:
+            stacks = block(stacks, condition, training=training)
+        return self.head(stacks[-1])
 
     def head(self, features: Tensor) -> Tensor:
         """Return the logits of features: (..., filters) -> (..., K) float32."""
         return self.logits(self.hidden(ops.relu(features)))
 
-    def condition(self, positions: Tensor, coarse_codes: Tensor | None = None) -> Tensor:
+    def condition(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features that every block is conditioned on.
 
         Positions are encoded as sines and cosines (Vaswani et al. 2017, section 3.5). Neighbouring slices therefore
         have similar features, and positions that are rare in the training data need no embedding of their own.
 
         Args:
-            positions: Slice positions (B,), ignored if `use_position` is off.
-            coarse_codes: (B, h', w') int32, required by a bottom prior and ignored by others.
+            inputs: "positions", slice positions (B,), ignored if `use_position` is off, and for a bottom prior
+                "coarse", codes of the coarser level (B, h', w') int32.
 
         Returns:
             (B, 1, 1, filters), or (B, h, w, filters) with coarse codes.
         """
         wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 to 402 slices
-        angles = ops.cast(positions, "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
+        angles = ops.cast(inputs["positions"], "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
         waves = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)  # (B, 12)
         condition = self.slice_embedding(waves if self.use_position else ops.zeros_like(waves))[:, None, None, :]
         if self.coarse_network is None:
             return condition
-        return condition + self.coarse_network(coarse_codes)
+        return condition + self.coarse_network(inputs["coarse"])
 
     def compute_loss(
         self,

@@ -24,6 +24,11 @@ _ATLAS_WORDS = ("t88", "aligned")
 _OASIS_PATTERNS = (r"_t88_masked_gfc\.", r"/aligned_norm\.", r"/norm\.", r"/slice_norm\.")  # Best volumes first.
 _MASK_WORDS = {"seg", "segmentation", "mask", "masks", "label", "labels"}
 
+_OASIS_SESSION = re.compile(r"(OAS\d_?\d{4})_(MR(?:\d+|_d\d+))", re.IGNORECASE)  # OAS1_0001_MR1, OAS30001_MR_d0129.
+_BIDS_SESSION = re.compile(r"(?<![A-Za-z0-9])(sub-[A-Za-z0-9]+)(?:[/_](ses-[A-Za-z0-9]+))?")
+_SLICE = re.compile(r"(.+?)[_-]slice[_-]?\d+(?:_session_(\d+))?", re.IGNORECASE | re.DOTALL)
+_SLICE_POSITION = re.compile(r"(?:^|[_-])slice[_-]?(\d{1,6})(?!\d)", re.IGNORECASE)
+
 
 def split_folder(split: str) -> str:
     """Return the name of the folder that holds the slices of a split, such as `keras_png_slices_train`."""
@@ -57,20 +62,29 @@ def is_in_atlas(path: str) -> bool:
 
 def volume_stem(name: str) -> str:
     """Return the name of a volume without its suffix. The two files of an Analyze pair have the same stem."""
-    return next((name.removesuffix(suffix) for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), name)
+    return next((name[: -len(suffix)] for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), name)
 
 
 def subject_and_session(path: str) -> tuple[str, str]:
-    """Read subject and session from the path of a volume.
+    """Read the subject (person) and the session from the path of a volume or of a slice.
+
+    Args:
+        path: The path, with slashes.
 
     Returns:
-        `("OAS1_0001", "MR1")` for OASIS names, `("sub-01", "ses-02")` for BIDS names, which may lack the session
-        (`"ses-1"`), and the path without its suffix and `"1"` for any other path.
+        - `("OAS1_0001", "MR1")` for OASIS names, such as `OAS1_0001_MR1_slice_4.png`;
+        - `("sub-01", "ses-02")` for BIDS names, such as `sub-01/ses-02/anat/x.nii.gz`, or `("sub-01", "ses-1")` if the
+          session is missing;
+        - `("case_001", "2")` for names like those of `slice_file`, such as `case_001_slice_0_session_2.nii.png`, and
+          `("case_001", "1")` if the session is missing;
+        - the path without the suffix of a volume, and `"1"`, for any other path.
     """
-    if match := re.search(r"(OAS\d_\d{4})_(MR\d+)", path):
+    if match := _OASIS_SESSION.search(path):
         return match[1], match[2]
-    if match := re.search(r"(sub-[A-Za-z0-9]+)(?:[/_](ses-[A-Za-z0-9]+))?", path):
+    if match := _BIDS_SESSION.search(path):
         return match[1], match[2] or "ses-1"
+    if match := _SLICE.match(_file_name(path)):
+        return match[1], match[2] or "1"
     return volume_stem(path), "1"
 
 
@@ -96,7 +110,7 @@ def select_volumes(names: list[str]) -> list[str]:
 
 
 def _file_name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
+    return re.split(r"[/!]", path)[-1]  # oasis.py puts "!" between an archive and the path of its member.
 
 
 def slice_file(subject: str, position: int, session: int = 1) -> str:
@@ -110,11 +124,11 @@ def slice_file(subject: str, position: int, session: int = 1) -> str:
     return f"{subject}_slice_{position}{f'_session_{session}' if session > 1 else ''}.nii.png"
 
 
-def subject_and_position(name: str) -> tuple[str, int] | None:
-    """Read subject and slice position from the name of a slice's PNG file.
+def slice_position(name: str) -> int | None:
+    """Read the slice position from the name of a slice's PNG file: 0 from `case_001_slice_0.nii.png`.
 
     Returns:
-        `("case_001", 0)` for `case_001_slice_0.nii.png`, or None if the name has no such form.
+        The position, or None if the name does not state one of at most six digits.
     """
-    match = re.match(r"(.+?)[_-]slice[_-]?(\d{1,6})(?!\d)", name, re.IGNORECASE | re.DOTALL)
-    return (match[1], int(match[2])) if match else None
+    match = _SLICE_POSITION.search(name)
+    return int(match[1]) if match else None

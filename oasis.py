@@ -333,7 +333,7 @@ def convert(options: Options, source: Path, destination: Path) -> None:
     If it was interrupted, it continues where it stopped. Slices are written to a hidden folder first, because the
     splits are known only when all subjects are. Volumes that cannot be read are left out with a warning.
     """
-    settings = {field: getattr(options, field) for field in SETTINGS} | {"source": str(source.resolve())}
+    settings = {field: getattr(options, field) for field in SETTINGS} | {"source": console.as_unicode(source.resolve())}
     record, staging = destination / "oasis.json", destination / ".unfinished"
     _check_destination(destination, record, staging, settings)
     if record.exists():
@@ -466,8 +466,7 @@ def move_to_splits(volumes: list[VolumeFile], staging: Path, destination: Path, 
             file = naming.slice_file(subject, k, sessions[volume.subject])
             if (staged := staging / volume.key / f"{k}.png").exists():  # Otherwise it was moved before an interruption.
                 staged.replace(folder / file)
-            source = os.fsencode(volume.name).decode("utf-8", "backslashreplace")  # Names need not be valid text.
-            rows.append([subject, source, volume.session, k, world, split, file])
+            rows.append([subject, console.as_unicode(volume.name), volume.session, k, world, split, file])
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["subject", "source", "session", "slice", "world_mm", "split", "file"])

@@ -24,6 +24,7 @@ Config = TypeVar("Config", bound=Any)
 
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
 SAMPLING_FIELDS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")  # May change in a finished run.
+PATH_FIELDS = ("data_dir", "start_from")  # May change; what is there is compared by its checksum.
 
 
 class ConfigError(console.UserError):
@@ -178,6 +179,7 @@ def coerce(config: Any) -> None:
     for name, given, wanted in (
         ("data_dir", str, Path),
         ("run_dir", str, Path),
+        ("start_from", str, Path),
         ("grids", list, tuple),
         ("sample_positions", list, tuple),
     ):
@@ -196,7 +198,7 @@ def run_folder(config: Any) -> Path:
 def to_json(config: Any) -> dict[str, Any]:
     """The configuration as it is saved in config.json: everything that determines the results of a run."""
     constants = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUNTIME_FIELDS}
-    constants["data_dir"] = str(config.data_dir.resolve()) if config.data_dir else None
+    constants |= {name: str(constants[name].resolve()) for name in PATH_FIELDS if constants[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in constants.items()}
 
 
@@ -353,7 +355,8 @@ def check_same_in_all_processes(config: Any, fingerprint: str) -> None:
         ConfigError: A constant differs.
         dataset.DataError: The slices differ.
     """
-    own = to_json(config) | {"data_dir": None, "devices": config.devices}  # Folders may have different names.
+    # Folders may have different names.
+    own = to_json(config) | dict.fromkeys(PATH_FIELDS) | {"devices": config.devices}
     main, main_fingerprint = devices.broadcast_from_main((own, fingerprint))
     for name, value in own.items():
         if value != main[name]:

@@ -19,7 +19,6 @@ import metrics
 import model
 from dataset import to_float
 from generator import Generator, Results
-from run import atomic_path
 
 matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -342,35 +341,18 @@ class Picture:
         name: Its file is images/NAME.png.
         draw: Writes the PNG, given its path and the results of the run.
         caption: What it shows and how to read it.
-        from_samples: Whether it depends on the sampling options.
         min_levels: Number of levels of codes that a run must have for the picture to make sense.
     """
 
     name: str
     draw: Callable[[Path, Results], None]
     caption: str
-    from_samples: bool = False
     min_levels: int = 1
 
 
 def pictures(num_levels: int) -> tuple[Picture, ...]:
     """Return the pictures of a run with this number of levels, in the order of the report."""
     return tuple(picture for picture in PICTURES if picture.min_levels <= num_levels)
-
-
-def draw_missing(folder: Path, results: Results) -> None:
-    """Draw those pictures of a run that are not in the folder yet.
-
-    Raises:
-        RunError: A picture cannot be written.
-    """
-    wanted = {folder / f"{picture.name}.png": picture for picture in pictures(len(results.generator.level_names))}
-    missing = {path: picture for path, picture in wanted.items() if not path.exists()}
-    if missing:
-        print("drawing pictures")
-    for path, picture in missing.items():
-        with atomic_path(path) as unfinished:
-            picture.draw(unfinished, results)
 
 
 def _shown(results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -393,7 +375,7 @@ def _draw_samples_by_position(path: Path, results: Results) -> None:
     test, positions, rows = results.slices["test"], np.unique(results.slices["train"].positions), 4
     chosen = positions[np.unique(np.linspace(0, len(positions) - 1, 8).astype(int))]
     nearest = [int(np.argmin(np.abs(test.positions - position))) for position in chosen]
-    images = results.generator.sample(np.repeat(chosen, rows), **results.sampling)
+    images = results.generator.sample(np.repeat(chosen, rows), **results.sampling, purpose="samples by position")
     images = images.reshape(len(chosen), rows, *images.shape[1:])
     samples_by_position(path, to_float(test.images[nearest]), images, chosen, results.note)
 
@@ -425,16 +407,16 @@ def _draw_power_spectrum(path: Path, results: Results) -> None:
     sets = {
         "test slices": to_float(results.slices["test"].images),
         "their reconstructions": results.reconstructions["test"],
-        "generated slices": results.test_samples.images,
+        "generated slices": results.compared_samples["test"].images,
     }
     spectra = {name: metrics.power_spectrum(images) for name, images in sets.items()}
     power_spectrum(path, spectra, results.numbers["half_power_frequency"], results.note)
 
 
 def _draw_nearest_training_slices(path: Path, results: Results) -> None:
-    rows, positions = results.numbers["samples"]["nearest_to_training"], results.test_samples.positions
-    labels = [f"slice {positions[row['index']]}, RMSE {row['distance']:.3f}" for row in rows]
-    images = results.test_samples.images[[row["index"] for row in rows]]
+    rows, compared = results.numbers["samples"]["nearest_to_training"], results.compared_samples["test"]
+    labels = [f"slice {compared.positions[row['index']]}, RMSE {row['distance']:.3f}" for row in rows]
+    images = compared.images[[row["index"] for row in rows]]
     nearest = to_float(results.slices["train"].images[[row["train_index"] for row in rows]])
     nearest_training_slices(path, images, nearest, labels, results.note)
 
@@ -501,9 +483,8 @@ PICTURES = (
         _draw_samples_by_position,
         "Top row: real slices of subjects that the model has never seen. Below: four generated slices at each of "
         "these slice positions.",
-        from_samples=True,
     ),
-    Picture("samples", _draw_samples, "The generated slices in the folder samples/.", from_samples=True),
+    Picture("samples", _draw_samples, "The generated slices in the folder samples/."),
     Picture(
         "reconstructions",
         _draw_reconstructions,
@@ -525,14 +506,12 @@ PICTURES = (
         _draw_power_spectrum,
         "Fine details are on the right. If a curve is below that of the real slices, the images are blurred at this "
         "frequency; if it is above, they are noisy.",
-        from_samples=True,
     ),
     Picture(
         "nearest_training_slices",
         _draw_nearest_training_slices,
         "The ten generated slices that are closest to a training slice, above that slice, with their root mean square "
         "error (RMSE). If the model copied its training data, the two rows would be identical.",
-        from_samples=True,
     ),
     Picture(
         "codebook",

@@ -8,38 +8,75 @@ from typing import Any
 
 import jinja2
 
+import comparison
+import console
 import plots
 from generator import Results
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 LEADING_PICTURES = 3  # The first pictures of `plots.PICTURES` stand above the findings, the others at the end.
 
-# Key in metrics.json, name, and how to read it.
+# Key in metrics.json, name, how to read it, and the key in `comparison.failed_controls`, if it has controls.
 SAMPLE_ROWS = (
-    ("c2st_real", "classifier accuracy against real slices", "0.50 (chance) is best"),
+    ("c2st_real", "classifier accuracy against real slices", "0.50 (chance) is best", "c2st"),
     (
         "c2st_reconstructions",
         "classifier accuracy against reconstructions",
         "0.50 is best; a higher value is due to the prior, not to the decoder",
+        "c2st",
     ),
-    ("precision", "precision", "fraction of these slices that resemble real ones; higher is better"),
-    ("density", "density", "like precision, but robust to outliers"),
-    ("recall", "recall", "fraction of real slices that resemble these; higher is more varied"),
-    ("coverage", "coverage", "like recall, but robust to outliers"),
-    ("mmd2", "squared MMD", "0 is best; ± standard error"),
-    ("ms_ssim_of_pairs", "MS-SSIM of pairs", "best if equal to that of pairs of real slices; higher is less varied"),
+    ("c2st_codes", "classifier accuracy, on codes", "0.50 is best; does not depend on the decoder", "c2st_codes"),
     (
-        "nn_distance_ratio_pixels",
-        "distance to the nearest training slice, in pixels",
-        "relative to unseen real slices; blur lowers it",
+        "critic_auc",
+        "AUC of the critic's surprise",
+        "0.50 is best; above, codes do not fit together; below, they are typical of the training subjects",
+        "critic_auc",
     ),
-    ("nn_distance_ratio_features", "the same, in features", "relative to unseen real slices"),
+    ("precision", "precision", "fraction of these slices that resemble real ones; higher is better", "precision"),
+    ("density", "density", "like precision, but robust to outliers", "density"),
     (
-        "near_duplicate_rate_pixels",
-        "near-duplicates of training slices, in pixels",
-        "fraction nearer to a training slice than the nearest 1\u00a0% of unseen real slices; 0.01 is expected",
+        "recall",
+        "recall",
+        "fraction of real slices that resemble these; also rises if these slices scatter widely",
+        "recall",
     ),
-    ("near_duplicate_rate_features", "the same, in features", "0.01 is expected"),
+    ("coverage", "coverage", "like recall, but robust to outliers", "coverage"),
+    ("mmd2", "squared MMD", "0 is best; ± standard error", ""),
+    (
+        "ms_ssim_of_pairs",
+        "MS-SSIM of pairs",
+        "best if equal to that of real pairs; higher is less varied, but blur raises it, too",
+        "",
+    ),
+    ("power_low", "power below 0.125 cycles per pixel", "relative to real slices; 1 is best", ""),
+    ("power_middle", "power from 0.125 to 0.25", "1 is best; less is blur, more is noise", ""),
+    ("power_high", "power above 0.25", "1 is best; less is blur, more is noise", ""),
+    (
+        "code_hamming",
+        "fraction of codes unlike the nearest training slice's",
+        "a low value means copies; compare with the reconstructions, whose codes are those of unseen subjects",
+        "",
+    ),
+    *(
+        (
+            f"near_duplicate_rate_{space}",
+            f"near-duplicates of training slices, in {space}",
+            "fraction nearer to a training slice than the nearest 1\u00a0% of unseen slices; 0.01 is expected",
+            f"near_duplicate_rate_{space}",
+        )
+        for space in ("codes", "pixels", "features")
+    ),
+)
+# Key and name of the columns of the table of controls.
+CONTROL_COLUMNS = (
+    ("c2st", "classifier, on images"),
+    ("c2st_codes", "classifier, on codes"),
+    ("critic_auc", "AUC of the critic"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("near_duplicate_rate_codes", "near-duplicates in codes"),
+    ("near_duplicate_rate_pixels", "in pixels"),
+    ("near_duplicate_rate_features", "in features"),
 )
 
 
@@ -52,16 +89,26 @@ class Finding:
         summary: The conclusion in one or two sentences.
         good: Sentences that speak for the model.
         bad: Sentences that speak against it.
+        open: Sentences about measures that fail their controls, from which nothing follows.
     """
 
     title: str
     summary: str
     good: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
 
     def add(self, is_good: bool, sentence: str) -> None:
         """Add a sentence to `good` or `bad`."""
         (self.good if is_good else self.bad).append(sentence)
+
+    def add_if_reliable(self, numbers: dict[str, Any], measure: str, name: str, is_good: bool, sentence: str) -> None:
+        """Add a sentence unless the measure that it rests on fails its controls."""
+        failed = numbers["failed_controls"][measure]
+        if failed:
+            self.open.append(f"Nothing follows from {name}, because controls fail: {'; '.join(failed)}.")
+        else:
+            self.add(is_good, sentence)
 
 
 def write(path: Path, name: str, constants: dict[str, Any], results: Results) -> None:
@@ -90,28 +137,29 @@ def write(path: Path, name: str, constants: dict[str, Any], results: Results) ->
         name=name,
         constants=constants,
         numbers=results.numbers,
-        findings=findings(constants, results.numbers, results.history),
+        findings=findings(constants, results.numbers),
         sample_rows=SAMPLE_ROWS,
+        control_columns=CONTROL_COLUMNS,
+        control_descriptions=comparison.CONTROLS,
         leading_pictures=pictures[:LEADING_PICTURES],
         other_pictures=pictures[LEADING_PICTURES:],
         grids=" and ".join(f"{grid}\u00a0×\u00a0{grid}" for grid in constants["grids"]),
         epochs=Counter(row["stage"].replace("vqvae", "VQ-VAE").replace("_", " ") for row in results.history),
         note=results.note,
     )
-    path.write_text(page, encoding="utf-8", newline="")
+    path.write_text(console.as_unicode(page), encoding="utf-8", newline="")
 
 
-def findings(constants: dict[str, Any], numbers: dict[str, Any], history: list[dict[str, Any]]) -> list[Finding]:
+def findings(constants: dict[str, Any], numbers: dict[str, Any]) -> list[Finding]:
     """Describe the main numbers in words.
 
     Args:
         constants: The configuration, as in config.json.
         numbers: The content of metrics.json.
-        history: The rows of history.csv.
     """
     return [
         _reconstruction(constants, numbers),
-        _prior(constants, numbers, history),
+        _prior(constants, numbers),
         _likelihood(numbers),
         _quality(numbers),
         _variety(numbers),
@@ -136,16 +184,17 @@ def _reconstruction(constants: dict[str, Any], numbers: dict[str, Any]) -> Findi
         f"The worst slice ({worst['subject']}, position {worst['position']}) has an SSIM of "
         f"{_number(worst['ssim_brain'])} over the brain.",
     )
-    if numbers["half_power_frequency"] >= 0.5:
-        finding.add(
-            True, "At the highest spatial frequency, reconstructions have half of the real slices' power or more."
-        )
-    else:
-        finest = 1 / (2 * max(numbers["half_power_frequency"], 1e-9))
-        finding.add(False, f"Blur: details smaller than {finest:.1f} pixels keep less than half of their power.")
+    finding.add(
+        numbers["power_high"] > 0.7,
+        f"Reconstructions have {_percent(numbers['power_middle'])} of the real slices' power between 0.125 and 0.25 "
+        f"cycles per pixel, and {_percent(numbers['power_high'])} above: the less, the blurrier.",
+    )
     accuracy = numbers["references"]["reconstructions"]["c2st_real"]["accuracy"]
     if accuracy is not None:
-        finding.add(
+        finding.add_if_reliable(
+            numbers,
+            "c2st",
+            "the classifier",
             accuracy < 0.6,
             f"A classifier distinguishes reconstructions from real slices with {_percent(accuracy)} accuracy "
             f"({_percent(0.5)} is chance).",
@@ -153,7 +202,7 @@ def _reconstruction(constants: dict[str, Any], numbers: dict[str, Any]) -> Findi
     return finding
 
 
-def _prior(constants: dict[str, Any], numbers: dict[str, Any], history: list[dict[str, Any]]) -> Finding:
+def _prior(constants: dict[str, Any], numbers: dict[str, Any]) -> Finding:
     bits, entropy = numbers["prior_bits_per_image"], numbers["marginal_entropy_bits_per_image"]
     levels = _by_level(numbers["prior_bits_per_code"])
     each = " and ".join(f"{value:.2f} bits per {level}code" for level, value in levels.items())
@@ -168,17 +217,15 @@ def _prior(constants: dict[str, Any], numbers: dict[str, Any], history: list[dic
     for level, used in _by_level(numbers["codes_used"]).items():
         usage = f"{_percent(used)} of the {constants['num_embeddings']} {level}codes are used"
         finding.add(used > 0.9, f"{usage}, with a perplexity of {perplexity[level]:.0f}.")
+    unseen, seen = (_by_level(numbers[f"prior_nats_per_code{split}"]) for split in ("", "_train"))
     for level in levels:
-        stage = f"{level}prior".replace(" ", "_")
-        best = min((row for row in history if row["stage"] == stage), key=lambda row: row["val_loss"])
-        losses = (
-            f"In its best epoch ({best['epoch']}), the loss of the {level}prior is {best['loss']:.2f} nats per code on "
-            f"training subjects and {best['val_loss']:.2f} on validation subjects"
+        ratio = unseen[level] / max(seen[level], 1e-9)
+        finding.add(
+            ratio < 1.05,
+            f"The {level}codes of training subjects take {seen[level]:.2f} nats per code and those of test subjects "
+            f"{unseen[level]:.2f}: the prior "
+            + ("generalises to unseen subjects." if ratio < 1.05 else "has memorised some of its training subjects."),
         )
-        if best["val_loss"] > 1.05 * best["loss"]:
-            finding.add(False, f"{losses}: it has begun to overfit.")
-        else:
-            finding.add(True, f"{losses}: it generalises to unseen subjects.")
     return finding
 
 
@@ -188,84 +235,120 @@ def _by_level(value: float | dict[str, float]) -> dict[str, float]:
 
 
 def _likelihood(numbers: dict[str, Any]) -> Finding:
-    total, histogram = numbers["bits_per_dimension"], numbers["histogram_bits_per_dimension"]
+    total = numbers["bits_per_dimension"]
     finding = Finding(
         "Likelihood",
         f"An unseen slice takes at most {total:.2f} bits per pixel: {numbers['prior_bits_per_dimension']:.2f} for the "
         f"codes and {numbers['decoder_bits_per_dimension']:.2f} for the pixels given the codes.",
     )
-    finding.add(
-        total < histogram,
-        f"For comparison, coding each pixel independently takes {histogram:.2f} bits per pixel (the entropy of the "
-        "grey level histogram).",
-    )
+    for name in ("PNG", "WebP"):
+        size = numbers[f"{name.lower()}_bits_per_dimension"]
+        if size is not None:
+            finding.add(total < size, f"As a lossless {name} file, it takes {size:.2f} bits per pixel.")
     return finding
 
 
 def _quality(numbers: dict[str, Any]) -> Finding:
     samples, others = numbers["samples"], numbers["references"]["other_subjects"]
     accuracy, against_decoded = samples["c2st_real"]["accuracy"], samples["c2st_reconstructions"]["accuracy"]
-    finding = Finding("Samples: quality", "There are too few test subjects to compare samples with real slices.")
+    finding = Finding("Samples: quality", "There are too few subjects to compare samples with real slices.")
     if accuracy is not None:
+        real = numbers["controls"]["real"]["c2st"]["accuracy"]
         finding.summary = (
-            f"A classifier distinguishes samples from real slices with {_percent(accuracy)} accuracy "
-            f"({_percent(0.5)} is chance), and real slices of other subjects with "
-            f"{_percent(others['c2st_real']['accuracy'])}."
+            f"A classifier distinguishes samples from real slices with {_percent(accuracy)} accuracy, and from "
+            f"reconstructions with {_percent(against_decoded)} ({_percent(0.5)} is chance; for real slices of other "
+            f"subjects it is {_percent(real)})."
         )
-        if accuracy < 0.6:
-            finding.add(True, "A small classifier can hardly distinguish samples from real slices.")
-        else:
-            finding.add(False, "Even a small classifier distinguishes samples from real slices.")
-        start = f"It distinguishes samples from reconstructions with {_percent(against_decoded)} accuracy: "
-        if against_decoded < 0.65:
-            finding.add(True, start + "most of the difference is due to the decoder and also affects reconstructions.")
-        else:
-            finding.add(False, start + "the prior arranges codes differently from real slices.")
+        if numbers["failed_controls"]["c2st"]:
+            finding.summary = "The classifier fails its controls."
+        for value, means in (
+            (accuracy, "samples from real slices"),
+            (against_decoded, "samples from reconstructions, which is due to the prior and not to the decoder"),
+        ):
+            sentence = f"A classifier {'can hardly distinguish' if value < 0.6 else 'distinguishes'} {means}."
+            finding.add_if_reliable(numbers, "c2st", "the classifier of images", value < 0.6, sentence)
+        on_codes = samples["c2st_codes"]["accuracy"]
+        finding.add_if_reliable(
+            numbers,
+            "c2st_codes",
+            "the classifier of codes",
+            on_codes < 0.6,
+            f"A classifier distinguishes their codes from those of real slices with {_percent(on_codes)} accuracy.",
+        )
+    if samples["critic_auc"] is not None:
+        finding.add_if_reliable(
+            numbers,
+            "critic_auc",
+            "the critic",
+            0.4 <= samples["critic_auc"] <= 0.6,
+            f"An independently trained prior, the critic, ranks samples as more surprising than slices of unseen "
+            f"subjects in {_percent(samples['critic_auc'])} of all pairs ({_percent(0.5)} is best; halves of two "
+            f"subjects reach {_percent(numbers['controls']['halves']['critic_auc'])}).",
+        )
+    if samples["precision"] is not None:
+        finding.add_if_reliable(
+            numbers,
+            "precision",
+            "precision",
+            samples["precision"] >= 0.9 * others["precision"],
+            f"Samples have precision {samples['precision']:.2f}; real slices of other subjects have "
+            f"{others['precision']:.2f} ± {others['precision_spread']:.2f}.",
+        )
     if samples["mmd2"] is not None:
         finding.add(
             samples["mmd2"] <= others["mmd2"] + 2 * samples["mmd2_error"],
             f"The squared maximum mean discrepancy (MMD) from real slices is {_mmd2(samples)}; for real slices of "
-            f"other subjects it is {_mmd2(others)}.",
+            f"other subjects it is {others['mmd2']:.3f} ± {others['mmd2_spread']:.3f}.",
         )
     return finding
 
 
 def _variety(numbers: dict[str, Any]) -> Finding:
-    samples, others = numbers["samples"], numbers["references"]["other_subjects"]
-    own, real = samples["ms_ssim_of_pairs"], numbers["references"]["real_ms_ssim_of_pairs"]
+    samples, references = numbers["samples"], numbers["references"]
+    own, decoded = samples["ms_ssim_of_pairs"], references["reconstructions"]["ms_ssim_of_pairs"]
     finding = Finding("Samples: variety", "There are too few test subjects to compare pairs of slices.")
     if own is not None:
-        equal = abs(own - real) <= 0.01
-        comparison = "as varied as" if equal else "less varied than" if own > real else "more varied than"
-        finding.summary = f"Samples are {comparison} real slices."
+        equal = abs(own - decoded) <= 0.01
+        comparison = "as varied as" if equal else "less varied than" if own > decoded else "more varied than"
+        finding.summary = f"Samples are {comparison} reconstructions of real slices."
         finding.add(
             equal,
-            f"Pairs of samples at the same position have a mean MS-SSIM of {own:.3f}, pairs of real slices {real:.3f}.",
+            f"Pairs of samples at the same position have a mean MS-SSIM of {own:.3f}, pairs of reconstructions "
+            f"{decoded:.3f}. Real slices, which are sharper, have {references['real_ms_ssim_of_pairs']:.3f}.",
         )
-    if samples["coverage"] is not None:
-        finding.add(
-            samples["coverage"] >= 0.9 * others["coverage"],
-            f"Samples have coverage {samples['coverage']:.2f} and recall {samples['recall']:.2f}; real slices of other "
-            f"subjects have {others['coverage']:.2f} and {others['recall']:.2f}.",
-        )
+    others = references["other_subjects"]
+    for name in ("coverage", "recall"):
+        if samples[name] is not None:
+            finding.add_if_reliable(
+                numbers,
+                name,
+                name,
+                samples[name] >= 0.9 * others[name],
+                f"Samples have {name} {samples[name]:.2f}; real slices of other subjects have {others[name]:.2f} ± "
+                f"{others[f'{name}_spread']:.2f}.",
+            )
     return finding
 
 
 def _memorisation(numbers: dict[str, Any]) -> Finding:
     samples, decoded = numbers["samples"], numbers["references"]["reconstructions"]
-    finding = Finding(
-        "Samples: memorisation",
-        f"Samples are {samples['nn_distance_ratio_pixels']:.2f} times as far from their nearest training slice as "
-        f"unseen real slices are; reconstructions, which are similarly blurred, "
-        f"{decoded['nn_distance_ratio_pixels']:.2f} times.",
-    )
-    for space in ("pixels", "features"):
-        rate, expected = samples[f"near_duplicate_rate_{space}"], decoded[f"near_duplicate_rate_{space}"]
-        finding.add(
-            rate <= max(0.03, 1.5 * expected),
-            f"In {space}, {_percent(rate, 1)} of the samples and {_percent(expected, 1)} of the reconstructions are "
-            f"near-duplicates: nearer to a training slice than the nearest {_percent(0.01)} of unseen real slices.",
+    finding = Finding("Samples: memorisation", "There are too few subjects to search for copies.")
+    if samples["code_hamming"] is not None and decoded["code_hamming"] is not None:
+        finding.summary = (
+            f"Of a sample's codes, {_percent(samples['code_hamming'])} differ from those of the nearest training "
+            f"slice; for slices of unseen subjects it is {_percent(decoded['code_hamming'])}."
         )
+    for space in ("codes", "pixels", "features"):
+        name = f"near_duplicate_rate_{space}"
+        if samples[name] is not None:
+            finding.add_if_reliable(
+                numbers,
+                name,
+                f"near-duplicates in {space}",
+                samples[name] <= 0.03,
+                f"In {space}, {_percent(samples[name], 1)} of the samples are near-duplicates: nearer to a training "
+                f"slice than the nearest {_percent(0.01)} of unseen subjects' slices.",
+            )
     return finding
 
 

@@ -3,22 +3,21 @@
 A whole grid is one compiled loop of the backend, so Python is not called for every cell.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 from keras import ops
 
-from layers import MaskedConv2D, Tensor
+from layers import State, Tensor, write
 from model import PixelCNN
 
 
 def sample_codes(
     prior: PixelCNN,
-    positions: np.ndarray,
-    seed: int | list[int],
-    coarse: np.ndarray | None = None,
+    conditioning: Mapping[str, np.ndarray],
+    random: np.random.Generator,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -29,9 +28,8 @@ def sample_codes(
 
     Args:
         prior: Trained prior, which is left unchanged.
-        positions: Slice positions (N,) int32.
-        seed: Seed of the samples. The same seed gives the same codes for every batch size.
-        coarse: Codes of the coarser level (N, h', w') int32, for a prior that is conditioned on them.
+        conditioning: Inputs of the prior other than the codes, (N, ...) each.
+        random: Generator of random numbers. The codes depend on its state, and not on the batch size.
         temperature, top_k, top_p: See `filter_logits`.
         batch_size: Number of grids that are sampled together.
         progress: Function that is called after each batch with the number of grids in it.
@@ -40,18 +38,19 @@ def sample_codes(
         (N, h, w) int32.
     """
     height, width = prior.grid_size
-    conditioning = [np.asarray(array, np.int32) for array in (positions, coarse) if array is not None]
+    count = len(conditioning["positions"])
     # One number in [0, 1) for each code. They are generated first, so that they do not depend on the batch size.
-    uniforms = np.random.default_rng(seed).random((len(positions), height * width), np.float32)
+    uniforms = random.random((count, height * width), np.float32)
 
-    def sample(uniforms: Tensor, *conditioning: Tensor) -> Tensor:
+    def sample(uniforms: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return sample_batch(prior, uniforms, conditioning, temperature, top_k, top_p)
 
     compiled = compile_function(sample)
     codes: list[np.ndarray] = []
-    for start in range(0, len(positions), batch_size):
+    for start in range(0, count, batch_size):
         batch = slice(start, start + batch_size)
-        codes.append(ops.convert_to_numpy(compiled(uniforms[batch], *[array[batch] for array in conditioning])))
+        inputs = {name: np.asarray(values[batch], np.int32) for name, values in conditioning.items()}
+        codes.append(ops.convert_to_numpy(compiled(uniforms[batch], inputs)))
         if progress:
             progress(len(codes[-1]))
     return np.concatenate(codes).reshape(-1, height, width)
@@ -60,7 +59,7 @@ def sample_codes(
 def sample_batch(
     prior: PixelCNN,
     uniforms: Tensor,
-    conditioning: Sequence[Tensor],
+    conditioning: Mapping[str, Tensor],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -70,7 +69,7 @@ def sample_batch(
     Args:
         prior: Trained prior.
         uniforms: (B, h · w) float32 in [0, 1), one number for each code.
-        conditioning: See `cached_sampling`.
+        conditioning: Inputs of the prior other than the codes, (B, ...) each.
         temperature, top_k, top_p: See `filter_logits`.
 
     Returns:
@@ -149,22 +148,63 @@ def sample_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------- one grid
 
 
+class CachedLayer(Protocol):
+    """What `cached_sampling` needs of each layer of a prior; the layers are in layers.py.
+
+    The vertical stack of a PixelCNN depends on the rows above only, so a whole row of it is computed before the first
+    cell of the row. The horizontal stack is computed cell by cell.
+
+    A layer keeps what it will read again in its state, a dictionary of tensors. Entries that `start` makes live through
+    the whole grid, and entries that `row` adds live for one row. `cell` may replace both, with tensors of the same
+    shape.
+    """
+
+    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
+        """Return the state before the first row of grids of size (h, w)."""
+
+    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
+        """Begin a row.
+
+        Args:
+            state: The state.
+            vertical: This row of the layer's vertical stack, (B, w, C). The first layer gets the embedded codes of the
+                row above instead. The plain PixelCNN has no vertical stack, and its layers ignore this.
+            condition: Features of this row that the layer is conditioned on, (B, w or 1, filters).
+            row: Index of the row, a scalar int32.
+
+        Returns:
+            The new state, and this row of the next layer's vertical stack, (B, w, filters).
+        """
+
+    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
+        """Compute the next cell of the row.
+
+        Args:
+            state: The state.
+            horizontal: The layer's horizontal stack at this cell, (B, C). The first layer gets the embedded code of the
+                cell to the left instead.
+            column: Index of the cell in its row, a scalar int32.
+
+        Returns:
+            The new state, and the next layer's horizontal stack at this cell, (B, filters).
+        """
+
+
 def cached_sampling(
     prior: PixelCNN,
-    conditioning: Sequence[Tensor],
+    conditioning: Mapping[str, Tensor],
     inputs: Tensor,
     sample_cell: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Visit the cells of a grid in raster order, computing at each cell only what it adds.
 
-    Each masked convolution caches the inputs that later cells will read (Ramachandran et al. 2017, "Fast Generation for
-    Convolutional Autoregressive Models"): a few recent rows for the part of its kernel that covers complete rows, and
-    a few recent cells for the part that covers the current row. The first cache advances once per row, the second at
-    every cell. The layers are those of the prior, so the logits equal those of `prior((codes, *conditioning))`.
+    Each layer caches what later cells will read of it (Ramachandran et al. 2017, "Fast Generation for Convolutional
+    Autoregressive Models"). The layers are those of the prior, so the logits equal those of
+    `prior({"codes": codes, **conditioning})`.
 
     Args:
         prior: Trained prior.
-        conditioning: Slice positions (B,) int32 and, for a bottom prior, coarse codes (B, h', w') int32.
+        conditioning: Inputs of the prior other than the codes, (B, ...) each.
         inputs: (h, w, B), values for `sample_cell`.
         sample_cell: Function of the logits (B, K) and the inputs (B,) of a cell that returns its code indices (B,)
             int32.
@@ -172,150 +212,34 @@ def cached_sampling(
     Returns:
         (h, w, B) int32 code indices.
     """
-    sample = _cached_gated if prior.gated else _cached_plain
-    return sample(prior, conditioning, inputs, sample_cell)
+    (height, width), batch_size = prior.grid_size, ops.shape(inputs)[-1]
+    layers: list[CachedLayer] = [prior.stem, *prior.blocks]
+    condition = prior.condition(conditioning)  # (B, h or 1, w or 1, filters)
+    condition = ops.swapaxes(ops.repeat(condition, height // condition.shape[1], axis=1), 0, 1)  # (h, B, w or 1, …)
+    nothing = ops.zeros((batch_size, width, prior.embedding.output_dim))  # above and to the left of the grid
 
+    def next_row(row: Tensor, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        codes, above, states = carried
+        row_inputs, row_condition = ops.take(inputs, row, axis=0), ops.take(condition, row, axis=0)
+        row_states, vertical = [], above
+        for layer, state in zip(layers, states, strict=True):
+            state, vertical = layer.row(state, vertical, row_condition, row)
+            row_states.append(state)
 
-def _cached_gated(
-    prior: PixelCNN,
-    conditioning: Sequence[Tensor],
-    inputs: Tensor,
-    sample_cell: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """`cached_sampling` for the gated prior: the vertical stack row by row, the horizontal stack cell by cell."""
-    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(conditioning[0])[0]
-    row_layers = [prior.first_vertical, *[block.vertical for block in blocks]]
-    cell_layers = [prior.first_horizontal, *[block.horizontal for block in blocks]]
+        def next_cell(column: Tensor, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            codes, left, states = carried
+            cell_states, horizontal = [], left
+            for layer, state in zip(layers, states, strict=True):
+                state, horizontal = layer.cell(state, horizontal, column)
+                cell_states.append(state)
+            sampled = sample_cell(prior.head(horizontal), ops.take(row_inputs, column, axis=0))
+            return write(codes, column, sampled), prior.embedding(sampled), cell_states
 
-    def next_row(row_caches: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        row_inputs, position_embedding, condition = row
-        vertical = prior.first_vertical.convolve_rows(row_caches[0]) + position_embedding  # (B, w, filters)
-        from_above = [vertical]  # what the cells of the row receive from the vertical stack, for each layer
-        new_row_caches = []
-        for block, cache in zip(blocks, row_caches[1:], strict=True):
-            new_row_caches.append(_append(cache, vertical))
-            above, projected = block.vertical.convolve_rows(new_row_caches[-1]), block.condition(condition)
-            from_above.append(block.across(above) + projected)
-            vertical = block.update_vertical(vertical, above + projected)
+        row_codes = ops.zeros((width, batch_size), dtype="int32")
+        row_codes, _, row_states = ops.fori_loop(0, width, next_cell, (row_codes, nothing[:, 0], row_states))
+        kept = [{name: after[name] for name in before} for before, after in zip(states, row_states, strict=True)]
+        return write(codes, row, row_codes), ops.swapaxes(prior.embedding(row_codes), 0, 1), kept
 
-        def next_cell(cell_caches: list[Tensor], cell: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            cell_inputs, first_above, *blocks_above = cell
-            horizontal = prior.first_horizontal.convolve_cells(cell_caches[0]) + first_above
-            new_cell_caches = []
-            for block, cache, above in zip(blocks, cell_caches[1:], blocks_above, strict=True):
-                new_cell_caches.append(_append(cache, horizontal))
-                left = block.horizontal.convolve_cells(new_cell_caches[-1])
-                horizontal = block.update_horizontal(horizontal, left + above)
-            codes = sample_cell(prior.head(horizontal), cell_inputs)
-            return [_append(cell_caches[0], prior.embedding(codes)), *new_cell_caches], [codes]
-
-        cells = [row_inputs, *[_swap_batch(features) for features in from_above]]
-        _, (codes,) = _scan(next_cell, _empty_cells(cell_layers, batch_size), cells, [_zero_codes(width, batch_size)])
-        first_cache = _append(row_caches[0], _swap_batch(prior.embedding(codes)))
-        return [first_cache, *new_row_caches], [codes]
-
-    rows = [inputs, prior.position_embedding, _condition_by_row(prior, conditioning)]
-    row_caches = _empty_rows(row_layers, batch_size, width)
-    _, (codes,) = _scan(next_row, row_caches, rows, [_zero_codes(height, width, batch_size)])
-    return codes
-
-
-def _cached_plain(
-    prior: PixelCNN,
-    conditioning: Sequence[Tensor],
-    inputs: Tensor,
-    sample_cell: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """`cached_sampling` for the plain prior: the contribution of the rows above row by row, the rest cell by cell."""
-    (height, width), blocks, batch_size = prior.grid_size, prior.blocks, ops.shape(conditioning[0])[0]
-    masked_layers = [prior.first, *[block.masked for block in blocks]]
-
-    def next_row(row_caches: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        row_inputs, position_embedding, condition = row
-        above = [layer.convolve_rows(cache) for layer, cache in zip(masked_layers, row_caches, strict=True)]
-        projected = [position_embedding, *[block.condition(condition) for block in blocks]]
-        from_above = [a + p for a, p in zip(above, projected, strict=True)]  # (B, w, C) for each layer
-
-        def next_cell(cell_caches: list[Tensor], cell: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            cell_inputs, first_above, *blocks_above = cell
-            features = prior.first.convolve_cells(cell_caches[0]) + first_above
-            new_cell_caches, reduced = [], []
-            for block, cache, above in zip(blocks, cell_caches[1:], blocks_above, strict=True):
-                reduced.append(block.reduce_features(features))
-                new_cell_caches.append(_append(cache, reduced[-1]))
-                features = block.update_features(features, block.masked.convolve_cells(new_cell_caches[-1]) + above)
-            codes = sample_cell(prior.head(features), cell_inputs)
-            return [_append(cell_caches[0], prior.embedding(codes)), *new_cell_caches], [codes, *reduced]
-
-        cells = [row_inputs, *[_swap_batch(features) for features in from_above]]
-        zeros = [ops.zeros((width, batch_size, layer.kernel.shape[2])) for layer in masked_layers[1:]]
-        outputs = [_zero_codes(width, batch_size), *zeros]
-        _, (codes, *reduced) = _scan(next_cell, _empty_cells(masked_layers, batch_size), cells, outputs)
-        layer_inputs = [prior.embedding(codes), *reduced]  # inputs of each layer along the row, (w, B, C)
-        new_row_caches = [_append(cache, _swap_batch(x)) for cache, x in zip(row_caches, layer_inputs, strict=True)]
-        return new_row_caches, [codes]
-
-    rows = [inputs, prior.position_embedding, _condition_by_row(prior, conditioning)]
-    row_caches = _empty_rows(masked_layers, batch_size, width)
-    _, (codes,) = _scan(next_row, row_caches, rows, [_zero_codes(height, width, batch_size)])
-    return codes
-
-
-def _scan(
-    step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]],
-    state: list[Tensor],
-    inputs: list[Tensor],
-    outputs: list[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Run a step for every index of the first axis of the inputs.
-
-    `keras.ops.scan` does not fit, because it requires outputs of the same structure as the state.
-
-    Args:
-        step: Function of the state and the inputs at one index that returns the new state and the outputs at this
-            index.
-        state: Initial state.
-        inputs: Tensors (n, ...).
-        outputs: Tensors (n, ...) to write the outputs into.
-
-    Returns:
-        The final state and the outputs.
-    """
-
-    def body(i: Tensor, carried: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        state, outputs = carried
-        state, new = step(state, [ops.take(x, i, axis=0) for x in inputs])
-        index = ops.reshape(ops.cast(i, "int32"), (1, 1))
-        return state, [ops.scatter_update(whole, index, x[None]) for whole, x in zip(outputs, new, strict=True)]
-
-    return ops.fori_loop(0, inputs[0].shape[0], body, (state, outputs))
-
-
-def _condition_by_row(prior: PixelCNN, conditioning: Sequence[Tensor]) -> Tensor:
-    """Return the conditioning features of each row, (h, B, w or 1, filters)."""
-    condition = prior.condition(*conditioning)  # (B, h or 1, w or 1, filters)
-    return ops.swapaxes(ops.repeat(condition, prior.grid_size[0] // condition.shape[1], axis=1), 0, 1)
-
-
-def _append(cache: Tensor, newest: Tensor) -> Tensor:
-    """Drop the oldest entry of a cache (B, span, ...) and append the newest (B, ...)."""
-    return ops.concatenate([cache[:, 1:], newest[:, None]], axis=1)
-
-
-def _swap_batch(row: Tensor) -> Tensor:
-    """(B, w, ...) -> (w, B, ...) and back."""
-    return ops.swapaxes(row, 0, 1)
-
-
-def _empty_rows(layers: list[MaskedConv2D], batch_size: Any, width: int) -> list[Tensor]:
-    """Return the row cache of each layer above the grid: zeros, like the padding of its convolution."""
-    return [ops.zeros((batch_size, layer.row_span, width, layer.kernel.shape[2])) for layer in layers]
-
-
-def _empty_cells(layers: list[MaskedConv2D], batch_size: Any) -> list[Tensor]:
-    """Return the cell cache of each layer to the left of the grid: zeros, like the padding of its convolution."""
-    return [ops.zeros((batch_size, layer.cell_span, layer.kernel.shape[2])) for layer in layers]
-
-
-def _zero_codes(*shape: Any) -> Tensor:
-    return ops.zeros(shape, dtype="int32")
+    codes = ops.zeros((height, width, batch_size), dtype="int32")
+    states = [layer.start(batch_size, prior.grid_size) for layer in layers]
+    return ops.fori_loop(0, height, next_row, (codes, nothing, states))[0]

@@ -1,12 +1,13 @@
 """How one network is trained: stages, the optimizer, and callbacks that survive a kill.
 
-After each epoch `ResumableCheckpoint` saves everything that training needs to continue: weights, codebook,
-optimizer, and the best weights so far. Everything else is a function of (seed, epoch)
-and needs no saving. A run that was killed and continued is therefore bitwise identical to an uninterrupted one.
+After each epoch `ResumableCheckpoint` saves everything that training needs to continue: weights, codebook, optimizer,
+and the best weights so far. Everything else is a function of (seed, epoch) and needs no saving. A run that was killed
+and continued is therefore bitwise identical to an uninterrupted one.
 """
 
 import contextlib
 import json
+import os
 import sys
 import time
 import zipfile
@@ -22,7 +23,7 @@ import tensorflow as tf
 import console
 import devices
 import seeds
-from run import Run, RunError, atomic_path, remove
+from run import Run, RunError, atomic_path, checksum, remove
 
 MAX_CHECKPOINTS = 2  # Kept per stage. The older one is used if the newer one is damaged.
 Logs = Mapping[str, Any]
@@ -41,6 +42,7 @@ class Stage:
         monitor: Name of the validation metric that decides which epoch is best; lower is better.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
+        made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
         shown: Names of the metrics in the line that is printed per epoch.
         learning_rate_option: Name of the constant that sets the learning rate, for messages.
     """
@@ -53,11 +55,19 @@ class Stage:
     monitor: str
     epochs: int
     learning_rate: float
+    made_from: Sequence[str] = ("slices",)
     shown: Sequence[str] = ("loss",)
     learning_rate_option: str = "learning_rate"
 
 
-def train(stage: Stage, run: Run | None, seed: int, precision: str = "float32", num_devices: int = 1) -> keras.Model:
+def train(
+    stage: Stage,
+    run: Run | None,
+    seed: int,
+    precision: str = "float32",
+    num_devices: int = 1,
+    start_from: Path | None = None,
+) -> keras.Model:
     """Train a stage's network, or continue to, and save the best one on validation; load it if that is done already.
 
     Args:
@@ -66,32 +76,38 @@ def train(stage: Stage, run: Run | None, seed: int, precision: str = "float32", 
         seed: Together with the epoch, it determines dropout and restarts of codes.
         precision: Keras dtype policy of training. The network that is returned and saved uses float32.
         num_devices: Number of devices of this process that share each batch.
+        start_from: Folder of the network whose weights training begins with, if `Run.start` was given its checksum.
 
     Returns:
         The network with the weights of its best epoch.
 
     Raises:
-        RunError: A file of the run folder cannot be read or written, or the loss is not finite.
+        RunError: A file of the run folder or the network to start from cannot be used, or the loss is not finite.
     """
-    network, path = stage.make(), run.folder / f"{stage.name}.keras" if run else None
-    if devices.broadcast_from_main(path is not None and path.exists()):
-        if run and path:
-            load_weights(network, path)
-            run.require_history(stage.name)
+    network, file = stage.make(), f"{stage.name}.keras"
+    initial = f"start_from/{file}"
+    made_from = [*stage.made_from, *([initial] if run and initial in run.facts else [])]
+    if devices.broadcast_from_main(run is not None and run.is_up_to_date(file, made_from)):
+        if run:
+            load_weights(network, run.folder / file)
         network.set_weights(devices.broadcast_from_main(network.get_weights()))
         return network
     with devices.distribution_scope(num_devices):
         with _dtype_policy(precision):
             trained = stage.make()
         trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
-        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor)
+        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from)
         epochs_done = checkpoint.restore(trained)
+        if run and epochs_done < stage.epochs:
+            _refuse_unrecorded(run, file)
         print(
             f"\ntraining {stage.name}: {network.count_params():,} parameters, {stage.epochs} epochs of "
             f"{stage.steps} steps"
         )
         if epochs_done:
             print(f"continuing after epoch {epochs_done}")
+        else:
+            _set_initial_weights(trained, network, run, file, start_from)
         if epochs_done < stage.epochs:
             trained.fit(
                 stage.batches(epochs_done),
@@ -105,18 +121,59 @@ def train(stage: Stage, run: Run | None, seed: int, precision: str = "float32", 
             )
     network.set_weights(checkpoint.best_weights)
     print(f"best epoch: {checkpoint.counters['best_epoch']}")
-    if path:
-        save_model(network, path)
+    if run:
+        save_model(network, run.folder / file)
+        run.record([file], made_from, history=run.history_checksum(stage.name))
     return network
+
+
+def _refuse_unrecorded(run: Run, file: str) -> None:
+    """Raise RunError if training would replace a network that the run has not recorded."""
+    if (run.folder / file).exists():
+        raise RunError(
+            f"{run.folder / file}: is not in manifest.json, so it is not known what it was made from; restore "
+            "manifest.json, or remove the network to train it again"
+        )
+
+
+def _set_initial_weights(
+    trained: keras.Model, network: keras.Model, run: Run | None, file: str, start_from: Path | None
+) -> None:
+    """Set a network that is not trained yet to the weights of the network to start from, if there is one.
+
+    Args:
+        trained: The network.
+        network: A network of the same architecture to load the weights into.
+        run: The run; None in a process that gets the weights from the main process.
+        file: Name of the network's file.
+        start_from: Folder of the network to start from.
+
+    Raises:
+        RunError: The network to start from is not the one that the run was started with.
+    """
+    weights = None
+    if run:
+        remove(run.folder / "logs" / Path(file).stem)  # Of an earlier training.
+        if expected := run.facts.get(f"start_from/{file}"):
+            path = (start_from or Path()) / file
+            if not path.is_file() or checksum(path) != expected:
+                raise RunError(
+                    f"start_from is {start_from}: {file} is missing there or differs from the one that {run.folder} "
+                    "was started with; restore it, or choose another run_dir"
+                )
+            load_weights(network, path)
+            weights = network.get_weights()
+    weights = devices.broadcast_from_main(weights)
+    if weights is not None:
+        print(f"beginning with the weights of {start_from}")
+        trained.set_weights(weights)
 
 
 def _callbacks(
     stage: Stage, run: Run | None, seed: int, network: keras.Model, checkpoint: "ResumableCheckpoint"
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a stage. The checkpoint comes last: an epoch counts once everything else has recorded it."""
-    writing = (
-        [CSVHistory(run, stage.name), keras.callbacks.TensorBoard(run.folder / "logs" / stage.name)] if run else []
-    )
+    writing = [CSVHistory(run, stage.name), keras.callbacks.TensorBoard(_log_folder(run, stage))] if run else []
     return [
         ReseedEachEpoch(seed),
         TerminateOnNonFinite(checkpoint, stage.learning_rate_option, network),
@@ -124,6 +181,16 @@ def _callbacks(
         *writing,
         checkpoint,
     ]
+
+
+def _log_folder(run: Run, stage: Stage) -> str:
+    """The folder of a stage's logs, as TensorFlow needs it: in UTF-8, whatever the locale. Raises RunError."""
+    try:
+        return os.fsencode(run.folder / "logs" / stage.name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(
+            f"run_dir is {run.folder}: TensorFlow cannot use a folder whose name is not UTF-8; choose another run_dir"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -210,19 +277,64 @@ def load_model(path: Path, network_class: type[keras.Model]) -> keras.Model:
     return network
 
 
+def initial_networks(
+    start_from: Path | None, makers: Mapping[str, Callable[[], keras.Model]], run: Run
+) -> dict[str, str]:
+    """Find the networks that training begins with.
+
+    Args:
+        start_from: Folder of a finished run, or of its networks. None if training begins from scratch.
+        makers: Functions that make the untrained networks of this run, by name.
+        run: The run that is about to start. If it exists already, the folder is no longer needed.
+
+    Returns:
+        Checksums of those networks that the folder contains, by file name. The others begin untrained.
+
+    Raises:
+        RunError: The run is new, and the folder contains no VQ-VAE or a network of another architecture.
+    """
+    if start_from is None:
+        return {}
+    found = {name: path for name in makers if (path := start_from / f"{name}.keras").is_file()}
+    if run.is_new:
+        if "vqvae" not in found:
+            raise RunError(f"start_from is {start_from}: contains no vqvae.keras; give the folder of a finished run")
+        for name, path in found.items():
+            _check_architecture(makers[name](), path)
+        for name in sorted(makers.keys() - found.keys()):
+            print(f"{start_from} contains no {name}.keras: this network is trained from scratch")
+    return {path.name: checksum(path) for path in found.values()}
+
+
+def _check_architecture(network: keras.Model, path: Path) -> None:
+    """Raise RunError unless a .keras file in the folder `start_from` contains weights for this network."""
+    other = load_model(path, type(network))
+    if [tuple(weights.shape) for weights in network.weights] == [tuple(weights.shape) for weights in other.weights]:
+        return
+    here, there = network.get_config(), other.get_config()
+    differing = [name for name in here if here[name] != there[name] and name not in ("seed", "data_variance")]
+    shown = "; ".join(f"{name} is {there[name]} there, {here[name]} here" for name in differing)
+    raise RunError(
+        f"start_from is {path.parent}: {path.name} has another architecture than the network of this run ({shown}); "
+        "use the same options, or choose another start_from"
+    )
+
+
 # ----------------------------------------------------------------------------------------------- callbacks
 
 
 class ResumableCheckpoint(keras.callbacks.Callback):
     """Keeps the weights of the best epoch, and lets training continue after a kill.
 
-    After each epoch it saves weights, optimizer, the best weights on validation and its counters in one .npz file in
-    checkpoint/ of the run folder.
+    After each epoch it saves weights, optimizer, the best weights on validation, its counters, and the checksums of
+    what the network is made from in one .npz file in checkpoint/ of the run folder.
 
     Args:
         run: The run; None in a process that does not write files and gets the state from the main process.
         stage: Name of the stage.
         monitor: Name of the metric to judge by; lower is better.
+        made_from: Names of the results and facts that the network is made from. Checkpoints of a network that was
+            made from others are not used.
 
     Attributes:
         counters: The number of epochs done, `epoch`, the lowest value of the metric, `best`, and the number of epochs
@@ -230,9 +342,10 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         best_weights: Weights of the best epoch, None before the first one.
     """
 
-    def __init__(self, run: Run | None, stage: str, monitor: str) -> None:
+    def __init__(self, run: Run | None, stage: str, monitor: str, made_from: Sequence[str] = ()) -> None:
         super().__init__()
         self.run, self.stage, self.monitor = run, stage, monitor
+        self.inputs = run.checksums(made_from) if run else {}
         self.folder = run.folder / "checkpoint" if run else None
         self.counters: dict[str, Any] = {"epoch": 0, "best": float("inf"), "best_epoch": 0}
         self.best_weights: list[np.ndarray] | None = None
@@ -258,13 +371,17 @@ class ResumableCheckpoint(keras.callbacks.Callback):
             try:
                 with np.load(path, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}  # Compares the zip file's checksums.
-                counters = json.loads(str(arrays.pop("counters")))
+                counters, inputs, history = json.loads(str(arrays.pop("state")))
                 self._check(network, arrays)
             except Exception as error:  # A damaged file can raise anything.
                 console.warn(f"{path}: is damaged ({error}); continuing from the checkpoint before it")
                 remove(path)
                 continue
-            self.run.require_history(self.stage, counters["epoch"])
+            if inputs != self.inputs:
+                print(f"{path}: was made from other networks or slices, so it is not used")
+                remove(path)
+                continue
+            self.run.check_history({self.stage: history}, counters["epoch"])
             return counters, arrays
         return None
 
@@ -294,9 +411,11 @@ class ResumableCheckpoint(keras.callbacks.Callback):
             return
         arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in self._state(self.model).items()}
         arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights or [])}
+        assert self.run
+        state = [self.counters, self.inputs, self.run.history_checksum(self.stage)]
         path = self.folder / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
         with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
-            np.savez(file, counters=np.array(json.dumps(self.counters)), **arrays)
+            np.savez(file, state=np.array(json.dumps(state)), **arrays)
         for old in self._paths()[:-MAX_CHECKPOINTS]:
             remove(old)
 

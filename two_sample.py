@@ -1,26 +1,33 @@
-"""Statistics of slices by subject, and comparisons of two sets of images or features.
+"""Statistics of slices by subject, and comparisons of two sets of images, features or codes.
 
-Slices of one subject are not independent. Every interval, fold, jackknife and neighbour search here treats the
+Slices of one subject are not independent. Every interval, split, jackknife and neighbour search here treats the
 subject, not the slice, as the unit.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+from scipy import stats
+from scipy.spatial import distance
 
-NUM_FOLDS = 5  # Folds of the cross-validation in `classifier_two_sample_test`.
+import naming
+
+CLASSIFIER_BATCH_SIZE = 32
+CLASSIFIER_STEPS, CLASSIFIER_MAX_EPOCHS = 1500, 12  # Training of a classifier; whatever is reached first.
 
 
-def interval_over_subjects(
-    values: np.ndarray, subjects: np.ndarray, seed: int, resamples: int = 2000
-) -> list[float | None]:
-    """Compute a 95 % bootstrap interval of the mean over slices by resampling subjects.
+# ---------------------------------------------------------------------------------------------- intervals
 
-    Slices of one subject are correlated, so resampling slices would give an interval that is far too narrow. Each
-    resample draws as many subjects as there are, with replacement, and uses all of their slices.
+
+def interval_over_subjects(values: np.ndarray, subjects: np.ndarray) -> list[float | None]:
+    """Compute a 95 % t interval of the mean over slices, with the subject as the unit.
+
+    With the same number of slices for each subject it is the t interval of the subjects' means. Otherwise the mean over
+    slices is a ratio of two sums over subjects, whose error is linearised (Cochran 1977, section 2.11). A bootstrap of
+    so few subjects would give intervals that are too narrow.
 
     Args:
         values: (N,) one number per slice; NaN is ignored.
@@ -30,13 +37,78 @@ def interval_over_subjects(
         [lower, upper], or [None, None] with fewer than two subjects.
     """
     known = ~np.isnan(values)
-    names, index = np.unique(subjects[known], return_inverse=True)
-    if len(names) < 2:
-        return [None, None]
-    sums, counts = np.bincount(index, values[known]), np.bincount(index)
-    resampled = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
-    means = sums[resampled].sum(axis=1) / counts[resampled].sum(axis=1)
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+    return _interval_of_sum([(values[known], subjects[known])])
+
+
+def _interval_of_sum(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[float | None]:
+    """Compute a 95 % interval of the sum of the means of independent groups, each (values (N,), subjects (N,)).
+
+    The degrees of freedom are those of the group with the fewest subjects, so the interval is rather too wide.
+    """
+    total, variance, degrees = 0.0, 0.0, math.inf
+    for values, subjects in groups:
+        names, index = np.unique(subjects, return_inverse=True)
+        if len(names) < 2:
+            return [None, None]
+        sums, counts = np.bincount(index, values), np.bincount(index)
+        mean = sums.sum() / counts.sum()
+        total += mean
+        variance += len(names) / (len(names) - 1) * np.sum((sums - mean * counts) ** 2) / counts.sum() ** 2
+        degrees = min(degrees, len(names) - 1)
+    reach = stats.t.ppf(0.975, degrees) * math.sqrt(variance)
+    return [float(total - reach), float(total + reach)]
+
+
+def _clip(interval: list[float | None]) -> list[float | None]:
+    """Clip the interval of a fraction to [0, 1]."""
+    return [None if bound is None else min(max(bound, 0.0), 1.0) for bound in interval]
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, subjects: np.ndarray) -> tuple[float, list[float | None]]:
+    """Compare two numbers per slice, such as the nats of two priors.
+
+    Args:
+        first, second: (N,) numbers of the same slices.
+        subjects: (N,) subject of each slice.
+
+    Returns:
+        The mean of second − first, and its 95 % interval over subjects.
+    """
+    difference = np.asarray(second, np.float64) - first
+    return float(difference.mean()), interval_over_subjects(difference, subjects)
+
+
+def area_under_curve(
+    negatives: np.ndarray, positives: np.ndarray, negative_subjects: np.ndarray, positive_subjects: np.ndarray
+) -> tuple[float, list[float | None]]:
+    """Compute how well a score separates two sets: the area under the receiver operating characteristic.
+
+    Args:
+        negatives: (N,) scores.
+        positives: (M,) scores.
+        negative_subjects, positive_subjects: Their subjects.
+
+    Returns:
+        The probability that a positive has a higher score than a negative (ties count half), and its 95 % interval
+        (DeLong et al. 1988, with subjects as clusters). Both are undefined, NaN and [None, None], for empty sets.
+    """
+    if not len(negatives) or not len(positives):
+        return math.nan, [None, None]
+    ordered_positives, ordered_negatives = np.sort(positives), np.sort(negatives)
+
+    def fraction_below(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+        counts = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+        return counts / (2 * len(ordered))
+
+    above = 1 - fraction_below(negatives, ordered_positives)  # for each negative, the fraction of positives above it
+    below = fraction_below(positives, ordered_negatives)  # for each positive, the fraction of negatives below it
+    auc = float(above.mean())
+    # Half of each mean counts, so that their sum is the area; the deviations of both enter the error.
+    interval = _interval_of_sum([(above, negative_subjects), (below - auc, positive_subjects)])
+    return auc, _clip(interval)
+
+
+# ----------------------------------------------------------------------------------------------- features
 
 
 def random_features(images: np.ndarray) -> np.ndarray:
@@ -178,66 +250,127 @@ def mmd2(real: np.ndarray, fake: np.ndarray, real_subjects: np.ndarray, fake_sub
     }
 
 
-def classifier_two_sample_test(
-    first: np.ndarray, second: np.ndarray, subjects: np.ndarray, seed: int, epochs: int = 12
-) -> dict[str, Any]:
-    """Measure how well a small classifier distinguishes two sets of images (Lopez-Paz & Oquab 2017).
+# --------------------------------------------------------------------------------------------- classifiers
 
-    Cross-validated by subject: the classifier is never trained on the subjects that it is tested on, nor on the
-    images that are matched with them. An accuracy of 0.5, chance, means that the sets cannot be distinguished. An
-    accuracy well below 0.5 means that the classifier has memorised subjects.
+
+HEADS = ("pooled", "global")  # Heads of a classifier: one pools its features over the image, one sees all of it.
+Inputs: TypeAlias = list[np.ndarray]  # Arrays (N, …) that a classifier reads together.
+
+
+def classifier_two_sample_test(
+    first: dict[str, Inputs],
+    second: dict[str, Inputs],
+    subjects: tuple[np.ndarray, np.ndarray],
+    make: Callable[[], keras.Model],
+) -> dict[str, Any]:
+    """Measure how well a classifier distinguishes two sets (Lopez-Paz & Oquab 2017).
+
+    The classifier is trained on the training subjects. The validation subjects choose the epoch and the head, and the
+    test subjects are then classified once. An accuracy of 0.5, chance, means that the sets cannot be distinguished.
 
     Args:
-        first: (N, S, S, 1) uint8.
-        second: (N, S, S, 1) uint8; second i is matched with first i.
-        subjects: (N,) subject of first i.
-        seed: Seed of the folds, the classifier and the bootstrap.
-        epochs: Epochs for each fold.
+        first, second: What the classifier reads, for "train", "validate" and "test".
+        subjects: Subjects of the test items of both sets, (N,) each.
+        make: Makes the compiled classifier; see `image_classifier` and `code_classifier`.
 
     Returns:
-        accuracy: Fraction of the images that are classified correctly; NaN with fewer than two subjects.
-        accuracy_interval: Its 95 % interval over subjects, see `interval_over_subjects`.
+        accuracy: Fraction of the test items that are classified correctly, averaged over the two sets; NaN if a set is
+            empty or missing.
+        accuracy_interval: Its 95 % interval over subjects.
+        accuracy_pooled, accuracy_global: Accuracy of each head in its best epoch.
     """
-    names = np.unique(subjects)
-    if len(names) < 2:
-        return {"accuracy": math.nan, "accuracy_interval": [None, None]}
-    images = np.concatenate([first, second]).astype(np.float32) / 255
-    labels = np.repeat(np.array([0, 1], np.float32), len(first))
-    fold_numbers = np.arange(len(names)) % NUM_FOLDS
-    fold_of = dict(zip(np.random.default_rng(seed).permutation(names), fold_numbers, strict=True))
-    folds = np.tile([fold_of[subject] for subject in subjects], 2)
-    classifier = _classifier(images.shape[1], seed)
-    untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
-    correct = np.empty(len(images))
-    for fold in np.unique(folds):
-        for variable, value in zip(_state(classifier), untrained, strict=True):
-            variable.assign(value)
-        held_out = folds == fold
-        classifier.fit(images[~held_out], labels[~held_out], batch_size=32, epochs=epochs, verbose=0)
-        logits = classifier.predict(images[held_out], batch_size=128, verbose=0)[:, 0]
-        correct[held_out] = (logits > 0) == (labels[held_out] > 0.5)
+    if not all(part in sets and len(sets[part][0]) for sets in (first, second) for part in naming.SPLITS):
+        undefined = dict.fromkeys(("accuracy", *(f"accuracy_{head}" for head in HEADS)), math.nan)
+        return {**undefined, "accuracy_interval": [None, None]}
+    inputs = [np.concatenate(pair) for pair in zip(first["train"], second["train"], strict=True)]
+    labels = np.repeat(np.array([0, 1], np.float32), [len(first["train"][0]), len(second["train"][0])])
+    classifier, steps = make(), -(-len(labels) // CLASSIFIER_BATCH_SIZE)
+
+    def classify(split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each head, which items of both sets are classified correctly, (N,) bool each."""
+        logits = [classifier.predict(sets[split], batch_size=128, verbose=0) for sets in (first, second)]
+        return {head: (logits[0][head][:, 0] <= 0, logits[1][head][:, 0] > 0) for head in HEADS}
+
+    best, correct = dict.fromkeys(HEADS, -1.0), {}
+    for _ in range(min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS)):
+        targets = dict.fromkeys(HEADS, labels)
+        classifier.fit(inputs, targets, batch_size=CLASSIFIER_BATCH_SIZE, verbose=0)
+        accuracy = {head: _mean_accuracy(found) for head, found in classify("validate").items()}
+        improved = [head for head in HEADS if accuracy[head] > best[head]]
+        if improved:
+            test = classify("test")
+            best |= {head: accuracy[head] for head in improved}
+            correct |= {head: test[head] for head in improved}
+    chosen = correct[max(HEADS, key=lambda head: best[head])]
+    halves = [(0.5 * part, names) for part, names in zip(chosen, subjects, strict=True)]
     return {
-        "accuracy": float(correct.mean()),
-        "accuracy_interval": interval_over_subjects(correct, np.tile(subjects, 2), seed),
+        "accuracy": _mean_accuracy(chosen),
+        "accuracy_interval": _clip(_interval_of_sum(halves)),
+        **{f"accuracy_{head}": _mean_accuracy(correct[head]) for head in HEADS},
     }
 
 
-def _classifier(size: int, seed: int) -> keras.Model:
-    """Make a compiled convolutional classifier, (B, size, size, 1) to logits (B, 1); sets the global random seed."""
+def _mean_accuracy(correct: tuple[np.ndarray, np.ndarray]) -> float:
+    return float((correct[0].mean() + correct[1].mean()) / 2)
+
+
+def image_classifier(size: int, seed: int) -> keras.Model:
+    """Make a compiled classifier of images (B, size, size, 1) uint8. Sets the global random seed."""
     keras.utils.set_random_seed(seed)
-    network = keras.Sequential([keras.Input((size, size, 1)), keras.layers.RandomFlip("horizontal", seed=seed)])
-    for width in (16, 32, 64, 64):
-        network.add(keras.layers.Conv2D(width, 4, 2, padding="same", activation="relu", dtype="float32"))
-    network.add(keras.layers.GlobalAveragePooling2D())
-    network.add(keras.layers.Dense(1, dtype="float32"))
-    network.compile(keras.optimizers.Adam(1e-3), keras.losses.BinaryCrossentropy(from_logits=True))
-    network.optimizer.build(network.trainable_variables)
+    images = keras.Input((size, size, 1), dtype="uint8")
+    features = keras.layers.RandomFlip("horizontal", seed=seed)(keras.ops.cast(images, "float32"))
+    return _classifier([images], keras.layers.Rescaling(1 / 64, -0.8)(features), seed)  # roughly mean 0 and variance 1
+
+
+def code_classifier(codebooks: Sequence[np.ndarray], grids: Sequence[int], seed: int) -> keras.Model:
+    """Make a compiled classifier of code indices (B, h, w) int32 per level. Sets the global random seed.
+
+    Args:
+        codebooks: Codebook vectors of each level, (K, D), the coarsest level first.
+        grids: Height and width of the code grid of each level.
+        seed: Seed of the initial weights and of the order of the items.
+    """
+    keras.utils.set_random_seed(seed)
+    inputs, features = [], []
+    for vectors, grid in zip(codebooks, grids, strict=True):
+        inputs.append(keras.Input((grid, grid), dtype="int32"))
+        table = keras.initializers.Constant((vectors - vectors.mean()) / vectors.std())
+        embedded = keras.layers.Embedding(*vectors.shape, table, trainable=False)(inputs[-1])
+        features.append(keras.layers.UpSampling2D(grids[-1] // grid)(embedded))
+    merged = keras.ops.concatenate(features, axis=-1)
+    return _classifier(inputs, keras.layers.GaussianNoise(0.1, seed=seed)(merged), seed, keep_resolution=True)
+
+
+def _classifier(inputs: list[Any], features: Any, seed: int, keep_resolution: bool = False) -> keras.Model:
+    """Make a compiled classifier with two heads, "pooled" and "global", of one logit each.
+
+    It also sees the mirror image: brains are nearly symmetric, so halves that do not belong together show where an
+    image and its mirror image differ.
+
+    Args:
+        inputs: Keras inputs.
+        features: What they become, (B, h, h, C).
+        seed: Seed of the dropout.
+        keep_resolution: Whether the first convolution keeps the resolution.
+    """
+    options = {"padding": "same", "activation": "relu", "kernel_initializer": "he_normal"}
+    features = keras.ops.concatenate([features, keras.ops.flip(features, axis=2)], axis=-1)
+    widths = [64] * 8 if keep_resolution else [16, 32, *[64] * 8]
+    if keep_resolution:
+        features = keras.layers.Conv2D(64, 3, **options)(features)
+    while features.shape[1] > 8:
+        features = keras.layers.Conv2D(widths.pop(0), 4, 2, **options)(features)
+    pooled = keras.layers.GlobalAveragePooling2D()(features)
+    whole = keras.layers.Dropout(0.5, seed=seed)(keras.layers.Flatten()(features))
+    whole = keras.layers.Dense(64, activation="relu")(whole)
+    outputs = {"pooled": keras.layers.Dense(1)(pooled), "global": keras.layers.Dense(1)(whole)}
+    network = keras.Model(inputs, outputs)
+    losses = {head: keras.losses.BinaryCrossentropy(from_logits=True) for head in HEADS}
+    network.compile(keras.optimizers.Adam(1e-3), losses)
     return network
 
 
-def _state(network: keras.Model) -> list[keras.Variable]:
-    """Return every variable of a compiled model and of its optimizer."""
-    return [*network.variables, *network.optimizer.variables]
+# -------------------------------------------------------------------------------------- nearest neighbours
 
 
 def nearest_neighbours(
@@ -252,7 +385,8 @@ def nearest_neighbours(
         other_subjects: (M,) subjects of the others.
 
     Returns:
-        (N,) indices into `others`, and (N,) root mean square distances over the D dimensions.
+        (N,) indices into `others`, and (N,) root mean square distances over the D dimensions, NaN without any other
+        subject.
     """
     best, index = np.full(len(points), np.inf), np.zeros(len(points), np.int64)
     points, rows = _to_float(points), np.arange(len(points))
@@ -262,29 +396,52 @@ def nearest_neighbours(
         near = distances.argmin(axis=1)
         closer = distances[rows, near] < best
         best, index = np.where(closer, distances[rows, near], best), np.where(closer, start + near, index)
-    return index, np.sqrt(best / points.shape[1])
+    return index, np.sqrt(np.where(np.isinf(best), np.nan, best) / points.shape[1])
 
 
-def nearest_neighbour_metrics(
-    distances: dict[str, np.ndarray], real_distances: dict[str, np.ndarray]
-) -> dict[str, float]:
-    """Measure whether images are nearer to the training slices than unseen real slices are.
+def nearest_grids(
+    grids: np.ndarray, others: np.ndarray, subjects: np.ndarray, other_subjects: np.ndarray
+) -> np.ndarray:
+    """Compute the distance of each code grid to the nearest of `others`, excluding those of the same subject.
+
+    The distance is the fraction of codes that differ (Hamming distance). It does not depend on the decoder.
 
     Args:
-        distances: (N,) distances to the nearest training slice in each space ("pixels", "features").
-        real_distances: The same of the test slices.
+        grids: (N, D) code indices.
+        others: (M, D) code indices.
+        subjects: (N,) subjects of the grids.
+        other_subjects: (M,) subjects of the others.
 
     Returns:
-        nn_distance_ratio_{space}: Mean distance divided by that of the test slices. Blur alone lowers it; compare
-            with the ratio of reconstructions.
-        near_duplicate_rate_{space}: Fraction of the images that are nearer than the nearest 1 % of the test slices;
-            about 0.01 for equal distributions.
+        (N,) from 0 to 1, NaN without any other subject.
+    """
+    best = np.full(len(grids), np.inf)
+    for start in range(0, len(others), 512):
+        distances = distance.cdist(grids, others[start : start + 512], "hamming")
+        distances[subjects[:, None] == other_subjects[start : start + 512]] = np.inf
+        best = np.minimum(best, distances.min(axis=1))
+    return np.where(np.isinf(best), np.nan, best)
+
+
+def nearest_neighbour_metrics(distances: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
+    """Measure whether a set is nearer to the training data than unseen subjects are.
+
+    Args:
+        distances: (N,) distances to the nearest training slice in each space, such as "pixels".
+        reference: The same of the test subjects.
+
+    Returns:
+        nn_distance_ratio_{space}: Mean distance divided by that of the test subjects.
+        near_duplicate_rate_{space}: Fraction of the set that is nearer than the nearest 1 % of the test slices; about
+            0.01 for equal distributions.
+        Both are NaN if a distance is.
     """
     numbers = {}
     for space, own in distances.items():
-        real = real_distances[space]
-        numbers[f"nn_distance_ratio_{space}"] = float(own.mean() / max(real.mean(), 1e-12))
-        numbers[f"near_duplicate_rate_{space}"] = float(np.mean(own < np.percentile(real, 1)))
+        unseen = reference[space]
+        numbers[f"nn_distance_ratio_{space}"] = float(own.mean() / max(unseen.mean(), 1e-12))
+        nearer = np.where(np.isnan(own), np.nan, own < np.percentile(unseen, 1))
+        numbers[f"near_duplicate_rate_{space}"] = float(nearer.mean()) if np.isfinite(unseen).all() else math.nan
     return numbers
 
 

@@ -49,7 +49,7 @@ def run_benchmark(
         description: Text for `--help`.
         on_stop: What to tell the user after Ctrl-C or SIGTERM.
     """
-    console.make_streams_encodable()
+    console.prepare_streams()
     numbers: dict[str, Any] = {}
 
     def command() -> None:

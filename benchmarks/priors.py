@@ -75,9 +75,10 @@ def main(options: Options) -> dict[str, Any]:
     for name, prior in make_variants(config, options.level).items():
 
         def batches(split: str, prior: model.PixelCNN = prior, seed: int | None = None) -> tf.data.Dataset:
-            coarse = codes[split][options.level - 1] if prior.coarse_grid_size else None
-            positions = slices[split].positions
-            return dataset.code_batches(codes[split][options.level], positions, config.batch_size, seed, coarse=coarse)
+            inputs = {"codes": codes[split][options.level], "positions": slices[split].positions}
+            if prior.coarse_grid_size:
+                inputs["coarse"] = codes[split][options.level - 1]
+            return dataset.code_batches(inputs, config.batch_size, seed)
 
         prior.compile(make_optimizer(config.prior_learning_rate, options.epochs, steps))
         start = time.monotonic()

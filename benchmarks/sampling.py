@@ -53,7 +53,8 @@ def one_call_per_position(prior: PixelCNN, uniforms: np.ndarray, positions: np.n
     """
     codes = np.zeros(uniforms.shape, np.int32)
     for i in range(count):
-        logits = prior.predict((codes.reshape(-1, *prior.grid_size), positions), verbose=0, batch_size=len(codes))
+        inputs = {"codes": codes.reshape(-1, *prior.grid_size), "positions": positions}
+        logits = prior.predict(inputs, verbose=0, batch_size=len(codes))
         logits = logits.reshape(len(codes), -1, prior.num_embeddings)[:, i]
         codes[:, i] = ops.convert_to_numpy(sampling.sample_categorical(logits, uniforms[:, i]))
     return codes
@@ -65,7 +66,7 @@ def full_passes(prior: PixelCNN, uniforms: Tensor, positions: Tensor, count: int
     cells = ops.arange(height * width)
 
     def sample_cell(i: Tensor, codes: Tensor) -> Tensor:
-        logits = prior((ops.reshape(codes, (-1, height, width)), positions))
+        logits = prior({"codes": ops.reshape(codes, (-1, height, width)), "positions": positions})
         logits = ops.take(ops.reshape(logits, (-1, height * width, prior.num_embeddings)), i, axis=1)
         sampled = sampling.sample_categorical(logits, ops.take(uniforms, i, axis=1))
         return ops.where(cells == i, sampled[:, None], codes)
@@ -82,7 +83,7 @@ def make_inputs(prior: PixelCNN, batch_size: int) -> tuple[np.ndarray, np.ndarra
 def cached_sampling(prior: PixelCNN, batch_size: int) -> Callable[[], np.ndarray]:
     """Return a function that samples a batch of grids as `sampling.sample_codes` does, without building the graph."""
     inputs = make_inputs(prior, batch_size)
-    sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, [p]))
+    sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, {"positions": p}))
     return lambda: ops.convert_to_numpy(sample(*inputs))
 
 

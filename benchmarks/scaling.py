@@ -123,7 +123,7 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
         ),
         "prior": (
             lambda: driver.make_prior(config),
-            dataset.code_batches(codes, slices.positions, config.batch_size, config.seed),
+            dataset.code_batches({"codes": codes, "positions": slices.positions}, config.batch_size, config.seed),
         ),
     }
     row: dict[str, Any] = {"where": devices.describe(config.devices)}
@@ -138,7 +138,7 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
         row[f"{stage}_images_per_s"] = config.batch_size / step
         row[f"{stage}_exchange"] = exchange / step
     prior, positions = driver.make_prior(config), np.zeros(SAMPLES, np.int32)
-    sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, [p]))
+    sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, {"positions": p}))
     uniforms = np.random.default_rng(2).random((SAMPLES, grid**2), np.float32)
     seconds = common.time_runs(lambda: keras.ops.convert_to_numpy(sample(uniforms, positions)), 1)[0]
     return row | {"ms_per_grid": 1000 * seconds / SAMPLES, "peak_mb": common.peak_memory() / 1e6}

@@ -140,7 +140,7 @@ def main(options: Options) -> dict[str, Any]:
         if name == "prior":
             shape = (batch_size, *network.grid_size)
             codes = np.random.default_rng(0).integers(0, config.num_embeddings, shape).astype(np.int32)
-            x, y = (codes, y), codes
+            x, y = {"codes": codes, "positions": y}, codes
         images, operations = common.training_speed(network, x, y, options.steps)
         fraction = operations / numbers["convolution_peak_gflops"] / 1e9
         print(f"{name:14} {images:9.1f} {operations / 1e9:9.0f} {fraction:12.0%}", flush=True)

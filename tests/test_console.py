@@ -58,13 +58,85 @@ def test_a_signal_that_was_swallowed_is_raised_again(tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_every_console_can_print_every_character(encoding):
     text = "β × 12 × 12 − … → ± ² 95\u00a0% ╭─╮ 脳 \udcff"
-    code = f"import console; console.make_streams_encodable(); print({text!r})"
+    code = f"import console; console.prepare_streams(); print({text!r})"
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert printed.returncode == 0, printed.stderr
     shown = printed.stdout.decode(encoding)
     assert "12" in shown
-    assert ("x" in shown) == (encoding == "ascii")
+    assert ("x 12" in shown) == (encoding == "ascii")
+    assert "\\xff" in shown  # a byte that is not text in any encoding
+
+
+def test_names_of_files_become_text():
+    decoded_in_an_ascii_locale = "größe.png".encode().decode("ascii", "surrogateescape")
+    assert console.as_unicode(f"× {decoded_in_an_ascii_locale}") == "× größe.png"
+    assert console.as_unicode("\udcff \ud800") == r"\xff \ud800"
+    assert console.one_line(decoded_in_an_ascii_locale) == "größe.png"
+
+
+LOST_OUTPUT = {
+    "after much output": "for i in range(100_000): print(i)",
+    "at the end": "print('result')",
+    "before an error of a file": "print('result', flush=True)",
+    "in the help": "print('help'); sys.exit(0)",
+}
+
+
+def run_with_output(to: str, command: str, *options: str) -> tuple[int, str]:
+    """Run a command whose standard output is a full device, a pipe without a reader, or closed.
+
+    Returns:
+        Its exit status and what it writes to standard error.
+    """
+    code = f"""
+import console; console.start()
+import sys
+def command():
+    try:
+        {command}
+    except OSError:
+        raise console.UserError("file: is broken")
+sys.exit(console.run_command(command, "start it again"))
+"""
+    arguments = [sys.executable, *options, "-c", code]
+    if to == "a closed stream":
+        arguments = ["sh", "-c", 'exec "$@" >&-', "sh", *arguments]
+    reader, pipe = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full, os.fdopen(pipe, "wb") as broken:
+        output = {"a full device": full, "a broken pipe": broken}.get(to)
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("when", LOST_OUTPUT)
+def test_output_that_cannot_be_written_ends_a_command_without_a_traceback(when, options):
+    assert run_with_output("a broken pipe", LOST_OUTPUT[when], *options) == (141, "")
+    status, message = run_with_output("a full device", LOST_OUTPUT[when], *options)
+    assert status == 2
+    assert message.startswith("error: standard output: ")
+    assert "No space left" in message
+    assert message.count("\n") == 1
+    assert run_with_output("a closed stream", LOST_OUTPUT[when], *options) == (0, "")
+
+
+def test_an_error_is_reported_even_if_the_output_before_it_is_lost():
+    command = "print('begin'); raise console.UserError('file: is damaged')"
+    assert run_with_output("a broken pipe", command) == (2, "error: file: is damaged\n")
+    assert run_with_output("a full device", command) == (2, "error: file: is damaged\n")
+
+
+def test_a_full_standard_error_ends_a_command():
+    code = "import console, sys; console.start(); sys.exit(console.run_command(lambda: console.warn('w'), ''))"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_importing_tensorflow_prints_nothing():

@@ -84,12 +84,43 @@ def test_the_split_of_a_flat_folder_depends_on_the_seed_only(tmp_path):
     assert any(dataset.find(data_dir, seed=1) != dataset.find(data_dir, seed=seed) for seed in (2, 3, 4))
 
 
-def test_subject_and_position_are_read_from_the_name(tmp_path):
-    for i in range(3):
-        save_blank(tmp_path / f"OAS1_{i:04d}_MR1_slice_12.png")
-    files = [file for split_files in dataset.find(tmp_path).values() for file in split_files]
-    assert {file.subject for file in files} == {f"OAS1_{i:04d}_MR1" for i in range(3)}
-    assert {file.position for file in files} == {12}
+SESSIONS = {  # Names of a person's slices in two sessions.
+    "OASIS": ("OAS1_{:04d}_MR1_slice_12.png", "OAS1_{:04d}_MR2_slice_12.png"),
+    "OASIS, one folder per session": ("OAS1_{:04d}_MR1/slice_12.png", "OAS1_{:04d}_MR2/slice_12.png"),
+    "BIDS": ("sub-{:02d}_ses-01_slice_12.png", "sub-{:02d}_ses-02_slice_12.png"),
+    "oasis.py": ("case_{:03d}_slice_12.nii.png", "case_{:03d}_slice_12_session_2.nii.png"),
+}
+
+
+@pytest.mark.parametrize("scheme", SESSIONS)
+def test_all_sessions_of_a_person_are_in_the_same_split(tmp_path, capsys, scheme):
+    for person in range(20):
+        for session, name in enumerate(SESSIONS[scheme]):
+            save_blank(tmp_path / name.format(person), 2 * person + session)
+    splits = dataset.find(tmp_path)
+    subjects = {split: [file.subject for file in files] for split, files in splits.items()}
+    assert {split: len(set(names)) for split, names in subjects.items()} == {"train": 16, "validate": 2, "test": 2}
+    assert all(names.count(name) == 2 for names in subjects.values() for name in names)
+    assert {file.position for files in splits.values() for file in files} == {12}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("scheme", SESSIONS)
+def test_a_person_with_a_session_in_each_of_two_splits_is_refused(data_dir, capsys, scheme):
+    first, second = (name.format(9).replace("/", "_") for name in SESSIONS[scheme])
+    brain(230).save(data_dir / "keras_png_slices_train" / first)
+    assert load(data_dir, capsys) == ""
+    path = data_dir / "keras_png_slices_test" / second
+    brain(231).save(path)
+    assert_refused(data_dir, capsys, path, first, "train split", "test split", "keep all slices of a subject")
+
+
+def test_a_person_can_have_several_slices_at_the_same_position(data_dir, capsys):
+    brain(230).save(data_dir / "keras_png_slices_train" / "case_003_slice_1_session_2.nii.png")
+    assert load(data_dir, capsys) == ""
+    train = dataset.load(data_dir, 8, seed=0)["train"]
+    of_person = train.positions[train.subjects == "case_003"]
+    assert sorted(of_person) == [0, 1, 1]
 
 
 KINDS = {
@@ -105,7 +136,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_png_is_converted_to_grey(tmp_path, kind):
     KINDS[kind]().save(tmp_path / "slice.png")
-    image = dataset.read_png(tmp_path / "slice.png", 8)
+    image = dataset.decode_png(tmp_path / "slice.png", 8).grey
     assert image.dtype == np.uint8
     assert image.shape == (8, 8)
     assert np.all(image == 100)
@@ -113,14 +144,14 @@ def test_every_kind_of_png_is_converted_to_grey(tmp_path, kind):
 
 def test_transparent_pixels_are_black(tmp_path):
     Image.new("LA", (8, 8), (100, 0)).save(tmp_path / "slice.png")
-    assert not dataset.read_png(tmp_path / "slice.png", 8).any()
+    assert not dataset.decode_png(tmp_path / "slice.png", 8).grey.any()
 
 
 def test_slices_are_padded_not_distorted(tmp_path):
     image = np.zeros((40, 20), np.uint8)
     image[10:30, 5:15] = 200  # twice as high as it is wide
     Image.fromarray(image).save(tmp_path / "slice.png")
-    read = dataset.read_png(tmp_path / "slice.png", 40)
+    read = dataset.decode_png(tmp_path / "slice.png", 40).grey
     assert np.array_equal(read[:, 10:30], image)
     assert not read[:, :10].any()
     assert not read[:, 30:].any()
@@ -130,7 +161,7 @@ def test_resizing_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 200
     Image.fromarray(stripes).save(tmp_path / "slice.png")
-    read = dataset.read_png(tmp_path / "slice.png", 16)[:, 2:-2]
+    read = dataset.decode_png(tmp_path / "slice.png", 16).grey[:, 2:-2]
     assert read.min() > 80  # near the mean of 100; without a filter it would be 0 or 200
     assert read.max() < 120
 
@@ -341,7 +372,7 @@ def test_any_name_is_accepted_and_stays_on_one_line(data_dir, capsys, name):
 def test_a_name_that_is_not_valid_text_is_escaped(data_dir, capsys):
     path = os.fsencode(data_dir / "keras_png_slices_train") + b"/case_\xff_slice_1.png"
     Path(os.fsdecode(path)).write_bytes(b"")
-    assert_refused(data_dir, capsys, f"{data_dir}/keras_png_slices_train/case_\\udcff_slice_1.png", "is empty")
+    assert_refused(data_dir, capsys, f"{data_dir}/keras_png_slices_train/case_\\xff_slice_1.png", "is empty")
 
 
 def test_folders_that_link_to_each_other_are_read_once(data_dir, capsys):
@@ -490,7 +521,7 @@ def test_damaged_pngs_are_read_or_refused_by_name(tmp_path_factory, content):
     path.write_bytes(content)
     image, refused = None, ""
     try:
-        image = dataset.read_png(path, 16)
+        image = dataset.decode_png(path, 16).grey
     except dataset.DataError as error:
         refused = str(error)
     if image is None:
@@ -538,18 +569,107 @@ def test_shuffled_epochs_have_full_batches_only():
     assert sizes == [4] * 6
 
 
-def test_augmentation_preserves_brains_and_is_determined_by_its_seed():
+def test_drawn_augmentations_have_the_stated_ranges():
+    drawn = {name: values.numpy() for name, values in dataset.draw_augmentation(2000, seed=3, step=5).items()}
+    assert set(drawn) == {"flip", "angle", "scale_x", "scale_y", "gain"}
+    assert set(drawn["flip"]) == {-1, 1}
+    assert 0.45 < np.mean(drawn["flip"] == 1) < 0.55
+    warped = drawn["angle"] != 0
+    assert 0.45 < warped.mean() < 0.55  # The others keep their sharpness.
+    assert np.all(drawn["scale_x"][~warped] == 1)
+    assert np.all(drawn["scale_y"][~warped] == 1)
+    degrees, unscaled = np.rad2deg(drawn["angle"][warped]), np.abs(drawn["scale_x"] - drawn["scale_y"])[warped]
+    for values, centre, reach in (
+        (degrees, 0, 5),
+        (drawn["scale_x"][warped], 1, 0.05),
+        (drawn["scale_y"][warped], 1, 0.05),
+        (drawn["gain"], 1, 0.1),
+    ):
+        assert np.abs(values - centre).max() <= reach * 1.0001
+        assert np.std(values) == pytest.approx(reach / np.sqrt(3), rel=0.1)  # uniform
+        assert abs(np.mean(values) - centre) < reach / 10
+    assert unscaled.max() > 0.05  # The axes are scaled independently.
+    assert np.abs(np.corrcoef(np.stack([*drawn.values()])[:, warped]) - np.eye(5)).max() < 0.15
+
+
+def test_drawn_augmentations_are_determined_by_seed_and_step():
+    def draw(seed: int, step: int) -> np.ndarray:
+        return np.stack([values.numpy() for values in dataset.draw_augmentation(100, seed, step).values()])
+
+    assert np.array_equal(draw(3, 5), draw(3, 5))
+    for other in (draw(3, 6), draw(4, 5)):
+        assert abs(np.corrcoef(draw(3, 5)[-1], other[-1])[0, 1]) < 0.4
+
+
+def augmented(image: np.ndarray, **parameters: float) -> np.ndarray:
+    """Augment one (H, W) image with these parameters, by default none."""
+    chosen = {"flip": 1.0, "angle": 0.0, "scale_x": 1.0, "scale_y": 1.0, "gain": 1.0} | parameters
+    tensors = {name: tf.constant([value], tf.float32) for name, value in chosen.items()}
+    return dataset.augment(tf.constant(image[None, :, :, None], tf.float32), tensors).numpy()[0, :, :, 0]
+
+
+def test_an_augmentation_without_effect_changes_nothing():
+    image = np.random.default_rng(0).random((33, 33), np.float32)
+    np.testing.assert_allclose(augmented(image), image, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_a_flip_exchanges_left_and_right(size):
+    image = np.random.default_rng(0).random((size, size), np.float32)
+    np.testing.assert_allclose(augmented(image, flip=-1.0), image[:, ::-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("degrees", [5, -5, 30])
+def test_an_angle_rotates_about_the_centre(degrees):
+    x, y = np.meshgrid(np.arange(65) - 32, np.arange(65) - 32)
+    bar = ((np.abs(x) < 28) & (np.abs(y) < 2)).astype(np.float32)  # horizontal
+    rotated = augmented(bar, angle=np.deg2rad(degrees))
+    moments = [(rotated * a * b).sum() for a, b in ((x, x), (x, y), (y, y))]
+    axis = np.rad2deg(np.arctan2(2 * moments[1], moments[0] - moments[2]) / 2)
+    assert abs(axis) == pytest.approx(abs(degrees), abs=0.3)
+    assert rotated.sum() == pytest.approx(bar.sum(), rel=0.03)
+    np.testing.assert_allclose([(rotated * x).sum(), (rotated * y).sum()], 0, atol=0.1)
+    opposite = augmented(bar, angle=np.deg2rad(-degrees))
+    np.testing.assert_allclose(opposite, rotated[::-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.95, 1.05])
+@pytest.mark.parametrize("name", ["scale_x", "scale_y"])
+def test_a_scale_shrinks_one_axis(name, scale):
+    distance = np.abs(np.arange(101) - 50)
+    box = ((distance[:, None] <= 30) & (distance <= 30)).astype(np.float32)
+    scaled = augmented(box, **{name: scale})
+    width, height = scaled[50].sum(), scaled[:, 50].sum()
+    expected = (61 / scale, 61) if name == "scale_x" else (61, 61 / scale)
+    assert (width, height) == pytest.approx(expected, abs=0.6)
+
+
+def test_a_gain_multiplies_intensities_and_clips_them():
+    image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    np.testing.assert_allclose(augmented(image, gain=0.9), 0.9 * image, atol=1e-5)
+    np.testing.assert_allclose(augmented(image, gain=1.1), np.minimum(1.1 * image, 1), atol=1e-5)
+
+
+def test_augmented_brains_remain_brains():
     brains = np.stack([phantom.slice_image(0, 1, position)[..., None] for position in range(0, 16, 2)])
-    brains = tf.constant(dataset.to_float(brains))
-    augmented = dataset.augment(brains, (3, 5)).numpy()
-    assert np.array_equal(augmented, dataset.augment(brains, (3, 5)))
-    assert not np.array_equal(augmented, dataset.augment(brains, (3, 6)))
-    assert augmented.shape == brains.shape
-    assert augmented.min() >= 0
-    assert augmented.max() <= 1
-    brightness = augmented.sum(axis=(1, 2, 3)) / brains.numpy().sum(axis=(1, 2, 3))
-    assert np.all(np.abs(brightness - 1) < 0.35)  # at most 10 % brighter and 21 % larger
+    images = tf.constant(dataset.to_float(brains))
+    changed = dataset.augment(images, dataset.draw_augmentation(8, seed=3, step=5)).numpy()
+    assert changed.shape == images.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    brightness = changed.sum(axis=(1, 2, 3)) / images.numpy().sum(axis=(1, 2, 3))
+    assert np.all(np.abs(brightness - 1) < 0.25)  # at most 10 % brighter and 11 % larger
     assert len({round(float(b), 3) for b in brightness}) > 4  # each image in its own way
+
+
+def test_training_batches_are_augmented_as_drawn():
+    brains = np.stack([phantom.slice_image(0, 1, position, 32)[..., None] for position in range(8)])
+    slices = dataset.Slices(brains, np.arange(8, dtype=np.int32), np.array(["case"] * 8))
+    images, positions = next(iter(dataset.image_batches(slices, 8, seed=1, first_epoch=2, augmented=True)))
+    expected = dataset.augment(
+        tf.constant(dataset.to_float(brains[positions.numpy()])), dataset.draw_augmentation(8, seed=1, step=2)
+    )
+    np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
 def test_augmentation_is_a_function_of_seed_and_epoch():
@@ -574,11 +694,12 @@ def test_the_shards_of_a_batch_make_up_the_whole():
 def test_code_batches_pair_codes_with_positions_and_targets():
     codes = np.arange(24, dtype=np.int32).reshape(6, 2, 2)
     positions = np.arange(6, dtype=np.int32)
-    (inputs, of_inputs), targets = next(iter(dataset.code_batches(codes, positions, 4)))
-    np.testing.assert_array_equal(inputs, targets)
-    np.testing.assert_array_equal(inputs[:, 0, 0], of_inputs.numpy() * 4)
-    (_, _, coarse), _ = next(iter(dataset.code_batches(codes, positions, 4, coarse=codes[:, :1, :1])))
-    np.testing.assert_array_equal(coarse[:, 0, 0], of_inputs.numpy() * 4)
+    conditioning = {"positions": positions, "coarse": codes[:, :1, :1]}
+    inputs, targets = next(iter(dataset.code_batches({**conditioning, "codes": codes}, 4, seed=0)))
+    assert inputs.keys() == {"codes", "positions", "coarse"}
+    np.testing.assert_array_equal(inputs["codes"], targets)
+    np.testing.assert_array_equal(targets[:, 0, 0], inputs["positions"].numpy() * 4)
+    np.testing.assert_array_equal(inputs["coarse"][:, 0, 0], inputs["positions"].numpy() * 4)
 
 
 def test_synthetic_slices_are_split_by_subject(monkeypatch):

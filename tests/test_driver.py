@@ -72,7 +72,7 @@ def picture_files(num_levels: int = 1) -> set[str]:
 
 def test_a_run_writes_every_file(finished):
     folder = finished.run_dir
-    names = {"config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "report.html"}
+    names = {"config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "report.html", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == names | {"images", "samples", "logs", ".lock"}
     assert {path.name for path in (folder / "images").iterdir()} == picture_files()
     assert len(list((folder / "samples").glob("sample_*_slice_*.png"))) == 3
@@ -146,12 +146,110 @@ def test_a_complete_run_is_left_alone(finished, capsys):
     assert "is complete" in capsys.readouterr().out
 
 
-def test_only_what_is_missing_is_made_again(finished):
-    before = files(finished.run_dir)
-    (finished.run_dir / "images" / "codes.png").unlink()
-    (finished.run_dir / "metrics.json").unlink()
+def test_only_what_is_missing_or_damaged_is_made_again(finished, capsys):
+    before, folder = files(finished.run_dir), finished.run_dir
+    png = next((folder / "samples").glob("*.png"))
+    png.write_bytes(png.read_bytes()[:-10])
+    (folder / "images" / "codes.png").unlink()
+    (folder / "metrics.json").write_text("{}")
     driver.main(finished)
+    assert files(folder) == before
+    printed = capsys.readouterr().out
+    assert "images/codes.png, metrics.json, samples/" in printed
+    assert "training vqvae" not in printed
+
+
+def test_a_damaged_network_is_named(finished, monkeypatch, capsys):
+    before = files(finished.run_dir)
+    with open(finished.run_dir / "vqvae.keras", "ab") as file:
+        file.write(b"x")
+    monkeypatch.setattr(console, "stop_on_signals", lambda: None)
+    monkeypatch.setattr(options, "parse", lambda *given: finished)
+    assert driver.command_line() == 2
+    error = capsys.readouterr().err
+    assert f"{finished.run_dir / 'vqvae.keras'}: is damaged" in error
+    assert error.count("\n") == 1
+    (finished.run_dir / "vqvae.keras").write_bytes(before["vqvae.keras"])
     assert files(finished.run_dir) == before
+
+
+def test_a_network_that_is_removed_is_trained_again_and_nothing_else_changes(finished, tmp_path):
+    config = dataclasses.replace(finished, run_dir=tmp_path / "run")
+    shutil.copytree(finished.run_dir, config.run_dir)
+    before = {path: path.stat().st_mtime_ns for path in config.run_dir.glob("*.keras")}
+    (config.run_dir / "vqvae.keras").unlink()
+    driver.main(config)
+    assert kill.differences(finished.run_dir, config.run_dir) == []
+    prior = config.run_dir / "prior.keras"
+    assert prior.stat().st_mtime_ns == before[prior]
+
+
+def test_another_network_invalidates_everything_made_from_it(finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(finished, run_dir=tmp_path / "run")
+    shutil.copytree(finished.run_dir, config.run_dir)
+    (config.run_dir / "vqvae.keras").unlink()
+    make_vqvae = driver.make_vqvae
+    monkeypatch.setattr(
+        driver, "make_vqvae", lambda config, variance: make_vqvae(dataclasses.replace(config, seed=1), variance)
+    )
+    driver.main(config)
+    before, after = files(finished.run_dir), files(config.run_dir)
+    assert {name for name in before.keys() - after.keys() if not name.startswith("logs")} == set()
+    for name in ("prior.keras", "samples/codes.npy", "metrics.json", "images/reconstructions.png", "report.html"):
+        assert before[name] != after[name]
+    stages = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
+    assert stages == ["vqvae"] * 2 + ["prior"] * 2
+
+
+def test_a_finished_run_refuses_other_slices(finished, tmp_path):
+    before = files(finished.run_dir)
+    phantom.write_pngs(tmp_path / "slices", num_subjects=7, num_positions=4, image_size=32)
+    with pytest.raises(RunError) as error:
+        driver.main(dataclasses.replace(finished, data_dir=tmp_path / "slices"))
+    assert f"data_dir is {tmp_path / 'slices'}: contains other slices" in str(error.value)
+    assert str(finished.run_dir) in str(error.value)
+    assert "choose another run_dir" in str(error.value)
+    assert files(finished.run_dir) == before
+
+
+def test_a_data_folder_may_be_moved(finished, tmp_path):
+    config = dataclasses.replace(finished, run_dir=tmp_path / "run", data_dir=tmp_path / "moved")
+    shutil.copytree(finished.run_dir, config.run_dir)
+    shutil.copytree(finished.data_dir, config.data_dir)
+    driver.main(config)
+    assert json.loads((config.run_dir / "config.json").read_text())["constants"]["data_dir"] == str(config.data_dir)
+    assert str(config.data_dir) in (config.run_dir / "report.html").read_text()
+    changed = {"config.json", "manifest.json", "report.html"}
+    assert set(kill.differences(finished.run_dir, config.run_dir)) == changed
+
+
+def test_a_run_starts_from_the_networks_of_another(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(driver, "evaluate", lambda *given: {})
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(finished.run_dir / "vqvae.keras", weights)
+    config = dataclasses.replace(
+        finished, run_dir=tmp_path / "run", start_from=weights, vqvae_epochs=1, vqvae_learning_rate=1e-9
+    )
+    driver.main(config)
+    assert "contains no prior.keras: this network is trained from scratch" in capsys.readouterr().out
+    texts = [(folder / "history.csv").read_text() for folder in (finished.run_dir, config.run_dir)]
+    rows = [list(csv.DictReader(text.splitlines())) for text in texts]
+    best = min(float(row["val_reconstruction"]) for row in rows[0] if row["stage"] == "vqvae")
+    assert float(rows[1][0]["val_reconstruction"]) == pytest.approx(best, rel=0.05)
+    shutil.rmtree(weights)
+    (config.run_dir / "prior.keras").unlink()
+    driver.main(config)  # The folder is no longer needed.
+    assert (config.run_dir / "prior.keras").exists()
+
+
+def test_networks_of_another_architecture_are_refused_before_anything_is_written(finished, tmp_path):
+    config = dataclasses.replace(finished, run_dir=tmp_path / "run", start_from=finished.run_dir, prior_filters=16)
+    with pytest.raises(RunError) as error:
+        driver.main(config)
+    assert f"start_from is {finished.run_dir}: prior.keras has another architecture" in str(error.value)
+    assert "filters is 8 there, 16 here" in str(error.value)
+    assert not config.run_dir.exists()
 
 
 def test_the_same_seed_gives_a_bitwise_identical_run(finished, tmp_path):

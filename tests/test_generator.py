@@ -12,7 +12,7 @@ import generator
 import model
 import training
 from generator import Generator
-from run import Run, RunError
+from run import Run, RunError, project_version
 from tests import test_devices
 
 POSITIONS = np.arange(3, dtype=np.int32)
@@ -71,6 +71,37 @@ def test_samples_are_determined_by_the_seed(made):
     assert not np.array_equal(made.sample_codes([0, 1, 2], seed=1)[0], made.sample_codes([0, 1, 2], seed=2)[0])
 
 
+def uniforms_of(made: Generator, monkeypatch, **settings) -> list[np.ndarray]:
+    """The random numbers, (12, h · w) per level, that a set of samples is drawn with."""
+    drawn = []
+
+    def record(prior, conditioning, random, *arguments, **options):
+        drawn.append(random.random((12, prior.grid_size[0] * prior.grid_size[1]), np.float32))
+        return np.zeros((12, *prior.grid_size), np.int32)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator.sampling, "sample_codes", record)
+        made.sample_codes([0, 1, 2] * 4, **settings)
+    return drawn
+
+
+def test_seeds_purposes_levels_and_the_run_have_independent_random_numbers(made, monkeypatch):
+    streams = [*uniforms_of(made, monkeypatch), *uniforms_of(made, monkeypatch, purpose="test samples")]
+    streams += [*uniforms_of(made, monkeypatch, seed=1), np.random.default_rng(0).random((12, 16), np.float32)]
+    streams += [np.random.default_rng([0, 1]).random((12, 64), np.float32)]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            size = min(one.size, other.size)
+            assert abs(np.corrcoef(one.ravel()[:size], other.ravel()[:size])[0, 1]) < 0.35
+
+
+def test_samples_for_different_purposes_differ(made):
+    codes = [made.sample_codes([0, 1, 2], purpose=purpose) for purpose in ("samples", "test samples")]
+    assert not any(np.array_equal(a, b) for a, b in zip(*codes, strict=True))
+    images = made.sample([0, 1, 2], purpose="test samples")
+    assert np.array_equal(images, made.decode(codes[1]))
+
+
 def test_likely_codes_at_a_low_temperature(made):
     likely, varied = (made.sample_codes([1] * 8, temperature=temperature) for temperature in (0.1, 10))
     nats = [sum(level.mean() for level in made.nats_per_code(codes, [1] * 8)) for codes in (likely, varied)]
@@ -80,8 +111,8 @@ def test_likely_codes_at_a_low_temperature(made):
 def test_the_cross_entropy_is_that_of_the_whole_grid(made, images):
     codes = made.encode(images)
     for level, nats in enumerate(made.nats_per_code(codes, POSITIONS)):
-        conditioning = (POSITIONS, codes[level - 1]) if level else (POSITIONS,)
-        logits = keras.ops.convert_to_numpy(made.priors[level]((codes[level], *conditioning)))
+        inputs = {"codes": codes[level], "positions": POSITIONS, **({"coarse": codes[level - 1]} if level else {})}
+        logits = keras.ops.convert_to_numpy(made.priors[level](inputs))
         log_probabilities = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         chosen = np.take_along_axis(log_probabilities, codes[level][..., None], axis=-1)
         np.testing.assert_allclose(nats, -chosen.mean(axis=(1, 2, 3)), rtol=1e-4)
@@ -107,7 +138,7 @@ def save(folder: Path, made: Generator) -> None:
 
 
 def test_a_finished_run_is_loaded(made, images, tmp_path):
-    with Run(tmp_path, {"data_dir": None}, {"project": "1.0.0"}).start("data", slice_positions=[0, 1, 2]):
+    with Run(tmp_path, {"data_dir": None}, {"project": project_version()}).start("data", slice_positions=[0, 1, 2]):
         save(tmp_path, made)
     loaded = Generator.load(str(tmp_path))
     assert loaded.positions.tolist() == [0, 1, 2]
@@ -119,7 +150,7 @@ def test_a_finished_run_is_loaded(made, images, tmp_path):
 def test_folders_without_a_finished_run_are_named(made, tmp_path):
     with pytest.raises(RunError, match=f"{tmp_path / 'nothing'}: contains no run"):
         Generator.load(tmp_path / "nothing")
-    with Run(tmp_path, {"data_dir": None}, {"project": "1.0.0"}).start("data", slice_positions=[0, 1, 2]):
+    with Run(tmp_path, {"data_dir": None}, {"project": project_version()}).start("data", slice_positions=[0, 1, 2]):
         training.save_model(made.vqvae, tmp_path / "vqvae.keras")
     with pytest.raises(RunError, match=r"prior\.keras: no such file; finish the run first"):
         Generator.load(tmp_path)
@@ -130,17 +161,22 @@ def test_folders_without_a_finished_run_are_named(made, tmp_path):
         Generator.load(tmp_path)
 
 
-def test_samples_are_saved_and_loaded(made, tmp_path):
-    codes = made.sample_codes([0, 2])
-    samples = generator.Samples(made.decode(codes), codes, np.array([0, 2], np.int32))
-    samples.save(tmp_path / "samples")
+def test_samples_are_made_once_and_saved(made, tmp_path, monkeypatch):
+    run, positions = Run(tmp_path, {"data_dir": None}, {"project": "1.0.0"}), np.array([0, 2], np.int32)
+
+    def samples() -> generator.Samples:
+        return generator.make_samples(run, "codes", made, positions, {"seed": 1}, ["slices"])
+
+    with run.start("data"):
+        first = samples()
+        monkeypatch.setattr(made, "sample_codes", lambda *given, **options: pytest.fail("they are there already"))
+        second = samples()
+        run.make(first.files, ["slices"], first.save)
+    assert np.array_equal(first.images, second.images)
+    assert len(second) == 2
     names = {path.name for path in (tmp_path / "samples").glob("*.png")}
     assert names == {"sample_000_slice_0.png", "sample_001_slice_2.png"}
-    run = Run(tmp_path / "run", {"data_dir": None}, {"project": "1.0.0"})
-    run.folder = tmp_path
-    loaded = generator.load_samples(run, "codes", made, samples.positions)
-    assert np.array_equal(loaded.images, samples.images)
-    assert len(loaded) == 2
+    assert all((tmp_path / file).exists() for file in generator.code_files("codes", len(made.level_names)))
 
 
 # ------------------------------------------------------------------------------------------------------- JAX
@@ -152,7 +188,8 @@ def answers(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     vqvae, *priors = (keras.saving.load_model(folder / f"{name}.keras") for name in names)
     loaded = Generator(vqvae, priors, POSITIONS)
     codes, sampled = loaded.encode(images), loaded.sample_codes(POSITIONS)
-    logits = [priors[0]((codes[0], POSITIONS)), priors[1]((codes[1], POSITIONS, codes[0]))]
+    inputs = {"codes": codes[0], "positions": POSITIONS}
+    logits = [priors[0](inputs), priors[1]({"codes": codes[1], "positions": POSITIONS, "coarse": codes[0]})]
     arrays = {"reconstructions": loaded.reconstruct(images), "samples": loaded.sample(POSITIONS)}
     arrays |= {"top codes": codes[0], "bottom codes": codes[1], "sampled top": sampled[0], "sampled bottom": sampled[1]}
     arrays |= {"top logits": logits[0], "bottom logits": logits[1], "bits": loaded.bits(images) / 100}

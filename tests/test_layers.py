@@ -128,6 +128,20 @@ def test_codebook_changes_in_training_only():
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_frozen_codebook_does_not_change_in_training(codebook):
+    layer, features = make_quantizer(codebook=codebook, dead_code_threshold=10.0), random_features()
+    layer.trainable = False
+    before = layer.get_weights()
+    layer(features, training=True)
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert not layer.trainable_variables
+    layer.trainable = True
+    layer(features, training=True)
+    assert not np.array_equal(before[0], layer.get_weights()[0])
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_dead_code_is_replaced_together_with_its_count_and_sum(codebook):
     layer = make_quantizer(codebook=codebook, dead_code_threshold=0.1)
     # no vector of the batch is close to the last code
@@ -247,3 +261,19 @@ def test_masked_convolution_reads_the_taps_of_its_mask(mask, offsets, dilation):
     assert set(zip((4 - rows).tolist(), (4 - columns).tolist(), strict=True)) == {
         (dilation * row, dilation * column) for row, column in offsets
     }
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.VectorQuantizer(6, 3, codebook="gradient", prefix="top_"),
+        layers.ResidualBlock(8),
+        layers.MaskedConv2D(8, 3, "B", dilation=2),
+        layers.Stem(8, 7, (4, 6), gated=False),
+        layers.GatedBlock(8, 3, dropout=0.1, last=True),
+        layers.PlainBlock(8, 5),
+    ],
+)
+def test_layers_can_be_made_again_from_their_configuration(layer):
+    config = layer.get_config()
+    assert type(layer).from_config(config).get_config() == config

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from skimage.metrics import structural_similarity
 
 import model
 
@@ -39,11 +40,11 @@ def small_prior(gated: bool, grid=(5, 7), **settings) -> model.PixelCNN:
     return prior
 
 
-def random_inputs(prior: model.PixelCNN, count: int) -> tuple[np.ndarray, ...]:
+def random_inputs(prior: model.PixelCNN, count: int) -> dict[str, np.ndarray]:
     """Codes, slice positions and, for a bottom prior, coarse codes."""
-    shapes = [(count, *prior.grid_size), *([(count, *prior.coarse_grid_size)] if prior.coarse_grid_size else [])]
-    codes, *coarse = (RNG.integers(0, 8, shape).astype(np.int32) for shape in shapes)
-    return (codes, np.arange(4, 4 + count, dtype=np.int32), *coarse)
+    grids = {"codes": prior.grid_size, "coarse": prior.coarse_grid_size}
+    codes = {key: RNG.integers(0, 8, (count, *grid)).astype(np.int32) for key, grid in grids.items() if grid}
+    return {**codes, "positions": np.arange(4, 4 + count, dtype=np.int32)}
 
 
 # ----------------------------------------------------------------------------------------------- levels
@@ -147,6 +148,97 @@ def test_training_lowers_the_loss_and_reports_its_parts(codebook, grids):
     np.testing.assert_allclose(history["loss"][-1], total, rtol=1e-4)
 
 
+WEIGHTS = {"mse_weight": 0.7, "l1_weight": 1.3, "ssim_weight": 2.1, "commitment_weight": 0.4, "data_variance": 0.08}
+
+
+@pytest.mark.parametrize(("codebook", "grids"), [("ema", (4,)), ("gradient", (4,)), ("gradient", (4, 8))])
+def test_loss_is_the_weighted_sum_of_its_terms(codebook, grids):
+    """Each term has another weight, and none is negligible."""
+    vqvae, x = small_vqvae(codebook=codebook, grids=grids, **WEIGHTS), square_images(3)
+    for weight in vqvae.trainable_variables:
+        weight.assign(RNG.normal(0, 0.2, weight.shape))
+    y = ops.convert_to_numpy(vqvae(x))
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "full": True}
+    ssim = np.mean([structural_similarity(a[..., 0], b[..., 0], **settings)[1] for a, b in zip(x, y, strict=True)])
+    terms = [0.7 * np.mean((x - y) ** 2) / 0.08, 1.3 * np.mean(np.abs(x - y)), 2.1 * (1 - ssim)]
+
+    features, decoded = vqvae.features(x), []
+    for level, codes in enumerate(vqvae.encode(x)):
+        inputs = ops.concatenate([features[level], *decoded], axis=-1)
+        vectors = ops.convert_to_numpy(vqvae.projections[level](inputs))
+        quantized = ops.convert_to_numpy(vqvae.quantizers[level].embeddings)[ops.convert_to_numpy(codes)]
+        if level + 1 < len(grids):  # the bottom level reads what the top level decodes
+            decoded = [vqvae.decoders[level](quantized)]
+        distance = np.mean((vectors - quantized) ** 2)
+        terms += [0.4 * distance, distance] if codebook == "gradient" else [0.4 * distance]
+
+    loss = float(vqvae.compute_loss(x=x, y_pred=vqvae(x)))
+    np.testing.assert_allclose(loss, sum(terms), rtol=1e-4)
+    assert min(terms) > 0.01 * loss
+    np.testing.assert_allclose(float(vqvae.reconstruction_loss.result()), sum(terms[:3]), rtol=1e-4)
+
+
+def test_loss_of_the_prior_is_the_mean_cross_entropy_in_nats():
+    prior = small_prior(True)
+    inputs = random_inputs(prior, 3)
+    logits = ops.convert_to_numpy(prior(inputs)).astype(np.float64)
+    log_probabilities = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    nats = -np.take_along_axis(log_probabilities, inputs["codes"][..., None], axis=-1).mean()
+    loss = prior.compute_loss(x=inputs, y=inputs["codes"], y_pred=prior(inputs))
+    np.testing.assert_allclose(float(loss), nats, rtol=1e-5)
+    np.testing.assert_allclose(float(prior.bits_per_code.result()), nats / np.log(2), rtol=1e-5)
+
+
+def trained_on(vqvae: model.VQVAE, x: np.ndarray) -> list[bool]:
+    """Train for a step, and return for each weight whether it has changed."""
+    before = vqvae.get_weights()
+    vqvae.compile(keras.optimizers.SGD(0.1))
+    vqvae.fit(x, epochs=1, verbose=0)
+    return [not np.array_equal(a, b) for a, b in zip(before, vqvae.get_weights(), strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_a_frozen_model_does_not_change_in_training(codebook):
+    vqvae, x = small_vqvae(codebook=codebook, grids=(4, 8)), random_images(4)
+    assert any(trained_on(vqvae, x))
+    vqvae.trainable = False
+    assert not any(trained_on(vqvae, x))
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_the_image_decoder_can_be_trained_alone(codebook):
+    vqvae, x = small_vqvae(codebook=codebook, grids=(4, 8)), random_images(4)
+    codes = vqvae.encode(x)
+    for layer in vqvae.layers:
+        layer.trainable = layer is vqvae.image_decoder
+    own = {id(weight) for weight in vqvae.image_decoder.weights}
+    of_decoder = [id(weight) in own for weight in vqvae.weights]
+    changed = trained_on(vqvae, x)
+    assert any(changed)
+    assert not any(one and not decoder for one, decoder in zip(changed, of_decoder, strict=True))
+    for before, after in zip(codes, vqvae.encode(x), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_codes_depend_on_every_decoder_but_that_of_the_image():
+    vqvae, x = small_vqvae(grids=(4, 8)), random_images(4)
+    before = [ops.convert_to_numpy(codes) for codes in vqvae.encode(x)]
+    for level in (1, 0):
+        for weight in vqvae.decoders[level].weights:
+            weight.assign(RNG.normal(0, 1, weight.shape))
+        top, bottom = vqvae.encode(x)
+        np.testing.assert_array_equal(top, before[0])
+        assert np.array_equal(bottom, before[1]) == (vqvae.decoders[level] is vqvae.image_decoder)
+
+
+def test_each_level_and_the_bottom_dropout_have_random_streams_of_their_own():
+    vqvaes = [small_vqvae(grids=(4, 8), seed=seed) for seed in (0, 1)]
+    generators = [g for v in vqvaes for g in (v.seed_generator, *[q.seed_generator for q in v.quantizers])]
+    states = {tuple(ops.convert_to_numpy(generator.state).tolist()) for generator in generators}
+    assert len(states) == 6
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -174,12 +266,12 @@ def test_prior_depends_on_all_earlier_cells_and_on_no_later_one(gated, grid, coa
     """Changing a cell changes no logits at or before it, and all logits after it that should depend on it."""
     prior = small_prior(gated, grid, coarse_grid_size=coarse)
     height, width = grid
-    codes, *conditioning = random_inputs(prior, 1)
-    before = ops.convert_to_numpy(prior((codes, *conditioning)))
+    inputs = random_inputs(prior, 1)
+    before = ops.convert_to_numpy(prior(inputs))
     for i in range(height * width):
-        perturbed = codes.copy()
+        perturbed = inputs["codes"].copy()
         perturbed.reshape(-1)[i] = (perturbed.reshape(-1)[i] + 1) % 8
-        after = ops.convert_to_numpy(prior((perturbed, *conditioning)))
+        after = ops.convert_to_numpy(prior({**inputs, "codes": perturbed}))
         changed = np.any(after != before, axis=-1).reshape(-1)
         assert not changed[: i + 1].any(), f"logits at or before cell {i} changed"
         if gated:
@@ -200,7 +292,7 @@ def test_receptive_field_covers_the_whole_grid(gated, grid_size):
     prior = model.PixelCNN(4, (grid_size, grid_size), filters=8, gated=gated)
 
     def last_logits(codes):
-        return ops.convert_to_numpy(prior((codes, np.array([0]))))[0, -1, -1]
+        return ops.convert_to_numpy(prior({"codes": codes, "positions": np.array([0])}))[0, -1, -1]
 
     def depends(seed: int) -> bool:
         random = np.random.default_rng(seed)
@@ -227,11 +319,11 @@ def test_too_few_blocks_for_the_grid_are_refused():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_prior_is_conditioned_on_the_slice_position(gated):
-    codes = RNG.integers(0, 8, (2, 5, 7)).astype(np.int32)
-    codes[1] = codes[0]
-    first, second = ops.convert_to_numpy(small_prior(gated)((codes, np.array([2, 9]))))
+    codes = RNG.integers(0, 8, (1, 5, 7)).astype(np.int32).repeat(2, axis=0)
+    inputs = {"codes": codes, "positions": np.array([2, 9])}
+    first, second = ops.convert_to_numpy(small_prior(gated)(inputs))
     assert not np.allclose(first, second)
-    first, second = ops.convert_to_numpy(small_prior(gated, use_position=False)((codes, np.array([2, 9]))))
+    first, second = ops.convert_to_numpy(small_prior(gated, use_position=False)(inputs))
     np.testing.assert_array_equal(first, second)
 
 
@@ -241,7 +333,8 @@ def test_prior_learns_that_codes_repeat(gated):
     codes = np.repeat(RNG.integers(0, 8, (64, 5, 1)), 7, axis=2).astype(np.int32)
     prior = model.PixelCNN(8, (5, 7), filters=16, num_blocks=2, dropout=0.0, gated=gated)
     prior.compile(keras.optimizers.Adam(1e-2))
-    history = prior.fit((codes, np.zeros(64, np.int32)), codes, epochs=30, verbose=0).history
+    inputs = {"codes": codes, "positions": np.zeros(64, np.int32)}
+    history = prior.fit(inputs, codes, epochs=30, verbose=0).history
     assert history["loss"][-1] < 1.5 * np.log(8) / 7
     np.testing.assert_allclose(history["bits_per_code"][-1], history["loss"][-1] / np.log(2), rtol=1e-4)
 
@@ -249,12 +342,12 @@ def test_prior_learns_that_codes_repeat(gated):
 @pytest.mark.parametrize("gated", [True, False])
 def test_each_coarse_code_affects_the_logits_at_its_place(gated):
     prior = small_prior(gated, (8, 8), coarse_grid_size=(4, 4))
-    codes, positions, coarse = random_inputs(prior, 1)
-    before = ops.convert_to_numpy(prior((codes, positions, coarse)))
+    inputs = random_inputs(prior, 1)
+    before = ops.convert_to_numpy(prior(inputs))
     for row, column in ((0, 0), (1, 2), (3, 3)):
-        changed = coarse.copy()
+        changed = inputs["coarse"].copy()
         changed[0, row, column] = (changed[0, row, column] + 1) % 8
-        after = ops.convert_to_numpy(prior((codes, positions, changed)))
+        after = ops.convert_to_numpy(prior({**inputs, "coarse": changed}))
         assert not np.allclose(before[0, 2 * row, 2 * column], after[0, 2 * row, 2 * column])
 
 
@@ -265,9 +358,9 @@ def test_bottom_prior_uses_the_top_codes(gated):
     codes = (coarse.repeat(2, axis=1).repeat(2, axis=2) + RNG.integers(0, 2, (64, 6, 6)).astype(np.int32)) % 8
     prior = model.PixelCNN(8, (6, 6), 16, num_blocks=2, dropout=0.0, gated=gated, coarse_grid_size=(3, 3))
     prior.compile(keras.optimizers.Adam(1e-2))
-    positions = np.zeros(64, np.int32)
-    prior.fit((codes, positions, coarse), codes, epochs=30, verbose=0)
-    own = prior.evaluate((codes, positions, coarse), codes, verbose=0, return_dict=True)["loss"]
-    others = prior.evaluate((codes, positions, np.roll(coarse, 1, axis=0)), codes, verbose=0, return_dict=True)["loss"]
+    inputs = {"codes": codes, "positions": np.zeros(64, np.int32), "coarse": coarse}
+    prior.fit(inputs, codes, epochs=30, verbose=0)
+    of_others = {**inputs, "coarse": np.roll(coarse, 1, axis=0)}
+    own, others = (prior.evaluate(x, codes, verbose=0, return_dict=True)["loss"] for x in (inputs, of_others))
     assert own < 1.3 * np.log(2)  # given its top code, a code has two equally likely values
     assert others > own + 0.5

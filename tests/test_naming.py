@@ -59,6 +59,19 @@ def test_atlas_names():
         ("sub-01_ses-02_T1w.nii.gz", ("sub-01", "ses-02")),
         ("sub-01_T1w.nii.gz", ("sub-01", "ses-1")),
         ("a/brain.nii.gz", ("a/brain", "1")),
+        ("a/BRAIN.NII.GZ", ("a/BRAIN", "1")),
+        ("OAS1_0003_MR1_slice_4.png", ("OAS1_0003", "MR1")),
+        ("train/OAS1_0003_MR2_slice_4.nii.png", ("OAS1_0003", "MR2")),
+        ("OAS1_0003_MR2/slice_4.png", ("OAS1_0003", "MR2")),
+        ("OAS30001_MR_d0129_slice_4.png", ("OAS30001", "MR_d0129")),
+        ("OAS1_0003_slice_4.png", ("OAS1_0003", "1")),
+        ("sub-01_ses-02_T1w_slice_4.png", ("sub-01", "ses-02")),
+        ("sub-01_slice_4.png", ("sub-01", "ses-1")),
+        ("train/case_001_slice_0.nii.png", ("case_001", "1")),
+        ("test/case_001_slice_0_session_2.nii.png", ("case_001", "2")),
+        ("case_001-Slice7.png", ("case_001", "1")),
+        ("archive.tar!case_001_slice_0.nii", ("case_001", "1")),
+        ("train/slice_3.png", ("train/slice_3.png", "1")),
     ],
 )
 def test_subject_and_session(path, expected):
@@ -68,24 +81,33 @@ def test_subject_and_session(path, expected):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("case_001_slice_0.nii.png", ("case_001", 0)),
-        ("OAS1_0001_MR1_slice_12.png", ("OAS1_0001_MR1", 12)),
-        ("case_001-Slice7.png", ("case_001", 7)),
-        ("case_001_slice_3_session_2.nii.png", ("case_001", 3)),
-        ("slice_3.png", None),
+        ("case_001_slice_0.nii.png", 0),
+        ("OAS1_0001_MR1_slice_12.png", 12),
+        ("sub-01_ses-02_slice_4.png", 4),
+        ("case_001-Slice7.png", 7),
+        ("case_001_slice_3_session_2.nii.png", 3),
+        ("slice_3.png", 3),
         ("brain.png", None),
+        ("backslice_3.png", None),
         ("case_001_slice_1234567.png", None),
     ],
 )
-def test_subject_and_position(name, expected):
-    assert naming.subject_and_position(name) == expected
+def test_slice_position(name, expected):
+    assert naming.slice_position(name) == expected
+
+
+@pytest.mark.parametrize("suffix", [*naming.VOLUME_SUFFIXES, ".NII.GZ", ".Img", ".MGZ"])
+def test_the_stem_of_a_volume_has_no_suffix(suffix):
+    assert naming.volume_stem(f"a/Brain.1{suffix}") == "a/Brain.1"
 
 
 def test_names_of_slice_files_can_be_read_back():
     assert naming.slice_file("case_001", 0) == "case_001_slice_0.nii.png"
     assert naming.slice_file("case_001", 5, session=2) == "case_001_slice_5_session_2.nii.png"
     for session in (1, 2):
-        assert naming.subject_and_position(naming.slice_file("case_012", 31, session)) == ("case_012", 31)
+        name = naming.slice_file("case_012", 31, session)
+        assert naming.subject_and_session(name) == ("case_012", str(session))
+        assert naming.slice_position(name) == 31
 
 
 def test_one_volume_per_session_is_selected_of_oasis():
@@ -109,5 +131,5 @@ def test_one_volume_per_session_is_selected_of_oasis():
 
 
 def test_all_volumes_except_masks_are_selected_elsewhere():
-    names = ["a/b.nii", "a/b_mask.nii", "a/.hidden.nii", "c.img", "c.hdr", "d.mgz", "e.png"]
-    assert naming.select_volumes(names) == ["a/b.nii", "c.hdr", "d.mgz"]
+    names = ["a/b.nii", "a/b_mask.nii", "a/.hidden.nii", "c.img", "c.hdr", "D.IMG", "D.HDR", "d.mgz", "e.png"]
+    assert naming.select_volumes(names) == ["D.HDR", "a/b.nii", "c.hdr", "d.mgz"]

@@ -383,6 +383,24 @@ def test_any_folder_of_volumes_without_its_masks(tmp_path):
     ]
 
 
+def test_suffixes_can_be_upper_case(tmp_path):
+    expected = slices_of(save(tmp_path / "expected.nii", brain()))
+    save(tmp_path / "volumes" / "a.nii.gz", brain()).rename(tmp_path / "volumes" / "A.NII.GZ")
+    save(tmp_path / "pair" / "b.img", brain(), kind=nib.Nifti1Pair)
+    for path in (tmp_path / "pair").iterdir():
+        path.rename(tmp_path / "volumes" / path.name.upper())
+    (tmp_path / "archives").mkdir()
+    with tarfile.open(tmp_path / "archives" / "DISC.TAR.GZ", "w:gz") as archive:
+        archive.add(tmp_path / "volumes", "disc")
+    for source in ("volumes", "archives"):
+        destination = tmp_path / f"slices of {source}"
+        oasis.main(make_options(tmp_path / source, destination))
+        made = {path.name: np.asarray(Image.open(path)) for path in destination.rglob("*.png")}
+        assert len(made) == 2 * 4
+        for subject, position in itertools.product((1, 2), range(4)):
+            assert np.array_equal(made[naming.slice_file(f"case_{subject:03d}", position)], expected[position])
+
+
 def test_an_interrupted_conversion_continues_and_gives_identical_files(discs, slices, tmp_path, monkeypatch):
     cut_slice, count = oasis.cut_slice, itertools.count()
 
@@ -582,6 +600,19 @@ def test_the_command_converts_volumes_without_other_messages(tmp_path):
     assert done.stderr == ""
     assert f"python driver.py --data-dir {tmp_path / 'slices'}" in done.stdout
     assert len(pngs(tmp_path / "slices")) == 6
+
+
+def test_the_command_accepts_any_name_in_any_locale(tmp_path):
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    source, destination = tmp_path / "größe 脑", tmp_path / "süß"
+    for i in range(3):
+        save(source / f"ö{i}.nii.gz", brain(seed=i))
+    for environment in (ascii_locale, {}):  # The second time there is nothing to do.
+        done = run_command(source, destination, "--slices", 1, **environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(pngs(destination)) == 3
+    assert "ö0.nii.gz" in (destination / "manifest.csv").read_text(encoding="utf-8")
+    assert os.fsencode("süß").decode() in done.stdout
 
 
 def test_the_command_refuses_bad_input_in_one_line(tmp_path):

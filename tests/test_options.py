@@ -107,7 +107,8 @@ def test_help_shows_presets_and_constants_with_their_comments(capsys, monkeypatc
 
 
 def test_a_saved_configuration_is_read_back():
-    config = driver.Config(data_dir=Path("slices").resolve(), grids=(32, 64), image_size=256, sample_positions=(1, 2))
+    folders = {"data_dir": Path("slices").resolve(), "start_from": Path("weights").resolve()}
+    config = driver.Config(**folders, grids=(32, 64), image_size=256, sample_positions=(1, 2))
     assert options.from_json(driver.Config, options.to_json(config)) == config
     assert not set(options.RUNTIME_FIELDS) & options.to_json(config).keys()
 
@@ -164,9 +165,11 @@ def test_configurations_that_cannot_work_are_refused_before_anything_is_written(
 
 
 def test_paths_may_be_text_and_grids_a_list():
-    config = driver.Config(data_dir="slices", run_dir="run", grids=[12])
+    config = driver.Config(data_dir="slices", run_dir="run", start_from="weights", grids=[12])
     options.check(config)
-    assert config == driver.Config(data_dir=Path("slices"), run_dir=Path("run"), grids=(12,))
+    assert config == driver.Config(
+        data_dir=Path("slices"), run_dir=Path("run"), start_from=Path("weights"), grids=(12,)
+    )
 
 
 def slices_of(count: int) -> dataset.Slices:
@@ -191,7 +194,7 @@ def test_devices_that_cannot_share_a_batch_are_refused(monkeypatch):
 
 def test_a_process_that_differs_from_the_main_one_is_refused(monkeypatch):
     def message(main: driver.Config, fingerprint: str) -> str:
-        main_constants = options.to_json(main) | {"data_dir": None, "devices": main.devices}
+        main_constants = options.to_json(main) | dict.fromkeys(options.PATH_FIELDS) | {"devices": main.devices}
         monkeypatch.setattr(options.devices, "broadcast_from_main", lambda value: (main_constants, fingerprint))
         return refused(lambda: options.check_same_in_all_processes(driver.Config(data_dir="here"), "same"))
 

@@ -92,6 +92,17 @@ def test_the_command_writes_slices(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == [f"case_00{i}_slice_0.nii.png" for i in (1, 2, 3)]
 
 
+def test_the_command_accepts_any_name_in_an_ascii_locale(tmp_path):
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run(tmp_path / "größe 脑", "--num-subjects", 3, "--num-positions", 1, "--image-size", 8, **ascii_locale)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list((tmp_path / "größe 脑").rglob("*.png"))) == 3
+    (tmp_path / "ö").write_text("")
+    done = run(tmp_path / "ö", **ascii_locale)
+    assert done.returncode == 2
+    assert "\\xf6: " in done.stderr
+
+
 def test_the_command_refuses_bad_input_in_one_line(tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -160,13 +160,8 @@ def test_levels_are_only_shown_if_there_are_two():
     assert two == [picture.name for picture in plots.PICTURES]
 
 
-def test_pictures_that_depend_on_sampling_are_marked():
-    marked = {picture.name for picture in plots.PICTURES if picture.from_samples}
-    assert marked == {"samples", "samples_by_position", "power_spectrum", "nearest_training_slices"}
-
-
 @pytest.mark.parametrize("num_levels", [1, 2])
-def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, capsys, num_levels):
+def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, num_levels):
     notes, make_figure = [], plots._figure
 
     def figure(width, height, title, note):
@@ -174,25 +169,12 @@ def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, capsys, num
         return make_figure(width, height, title, note)
 
     monkeypatch.setattr(plots, "_figure", figure)
-    plots.draw_missing(tmp_path / "images", make_results(num_levels, note="SYNTHETIC slices"))
-    expected = {f"{picture.name}.png" for picture in plots.pictures(num_levels)}
-    assert {path.name for path in (tmp_path / "images").iterdir()} == expected
-    for path in (tmp_path / "images").iterdir():
+    results, pictures = make_results(num_levels, note="SYNTHETIC slices"), plots.pictures(num_levels)
+    for picture in pictures:
+        path = tmp_path / f"{picture.name}.png"
+        picture.draw(path, results)
         assert_is_picture(path)
-    assert notes == ["SYNTHETIC slices"] * len(expected)
-    assert "drawing pictures" in capsys.readouterr().out
-
-
-def test_only_missing_pictures_are_drawn(tmp_path, capsys):
-    for picture in plots.pictures(1):
-        (tmp_path / f"{picture.name}.png").write_bytes(b"old")
-    results = make_results(1)
-    plots.draw_missing(tmp_path, results)
-    assert not capsys.readouterr().out
-    (tmp_path / "ssim.png").unlink()
-    plots.draw_missing(tmp_path, results)
-    assert_is_picture(tmp_path / "ssim.png")
-    assert (tmp_path / "samples.png").read_bytes() == b"old"
+    assert notes == ["SYNTHETIC slices"] * len(pictures)
 
 
 def test_samples_by_position_use_the_sampling_options(tmp_path):

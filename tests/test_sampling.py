@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import layers
 import model
 import sampling
 
@@ -21,11 +22,15 @@ def prior(request) -> model.PixelCNN:
     return random_prior(8, (3, 5), filters=16, num_blocks=2, gated=request.param)
 
 
-POSITIONS = np.array([1, 5, 9, 5, 1], np.int32)
+CONDITIONING = {"positions": np.array([1, 5, 9, 5, 1], np.int32)}
+
+
+def sample(prior: model.PixelCNN, seed: int = 0, conditioning=CONDITIONING, **settings) -> np.ndarray:
+    return sampling.sample_codes(prior, conditioning, np.random.default_rng(seed), **settings)
 
 
 def test_sampled_codes_have_the_shape_and_range_of_the_grid(prior):
-    codes = sampling.sample_codes(prior, POSITIONS, seed=0)
+    codes = sample(prior)
     assert codes.shape == (5, 3, 5)
     assert codes.dtype == np.int32
     assert codes.min() >= 0
@@ -33,41 +38,41 @@ def test_sampled_codes_have_the_shape_and_range_of_the_grid(prior):
 
 
 def test_codes_depend_on_the_seed_and_not_on_the_batch_size(prior):
-    codes = sampling.sample_codes(prior, POSITIONS, seed=3)
-    assert np.array_equal(codes, sampling.sample_codes(prior, POSITIONS, seed=3))
-    assert np.array_equal(codes, sampling.sample_codes(prior, POSITIONS, seed=3, batch_size=2))
-    assert not np.array_equal(codes, sampling.sample_codes(prior, POSITIONS, seed=4))
+    codes = sample(prior, 3)
+    assert np.array_equal(codes, sample(prior, 3))
+    assert np.array_equal(codes, sample(prior, 3, batch_size=2))
+    assert not np.array_equal(codes, sample(prior, 4))
 
 
-def sample_with_full_passes(prior: model.PixelCNN, seed: int, *conditioning) -> np.ndarray:
+def sample_with_full_passes(prior: model.PixelCNN, seed: int, conditioning) -> np.ndarray:
     """Codes sampled with one forward pass of the whole prior per cell."""
-    (height, width), count = prior.grid_size, len(conditioning[0])
+    (height, width), count = prior.grid_size, len(conditioning["positions"])
     uniforms = np.random.default_rng(seed).random((count, height * width), np.float32)
     codes = np.zeros((count, height * width), np.int32)
     for i in range(height * width):
-        logits = ops.reshape(prior((codes.reshape(-1, height, width), *conditioning)), (count, height * width, -1))
+        logits = prior({"codes": codes.reshape(-1, height, width), **conditioning})
+        logits = ops.reshape(logits, (count, height * width, -1))
         codes[:, i] = sampling.sample_categorical(logits[:, i], uniforms[:, i])
     return codes.reshape(-1, height, width)
 
 
 def test_codes_equal_those_of_one_forward_pass_per_cell(prior):
-    expected = sample_with_full_passes(prior, 7, POSITIONS)
-    assert np.array_equal(sampling.sample_codes(prior, POSITIONS, seed=7), expected)
+    assert np.array_equal(sample(prior, 7), sample_with_full_passes(prior, 7, CONDITIONING))
 
 
 def test_bottom_codes_equal_those_of_one_forward_pass_per_cell():
     prior = random_prior(8, (4, 6), filters=16, num_blocks=2, coarse_grid_size=(2, 3))
-    coarse = RNG.integers(0, 8, (5, 2, 3)).astype(np.int32)
-    expected = sample_with_full_passes(prior, 7, POSITIONS, coarse)
-    assert np.array_equal(sampling.sample_codes(prior, POSITIONS, 7, coarse, batch_size=2), expected)
+    conditioning = CONDITIONING | {"coarse": RNG.integers(0, 8, (5, 2, 3)).astype(np.int32)}
+    expected = sample_with_full_passes(prior, 7, conditioning)
+    assert np.array_equal(sample(prior, 7, conditioning, batch_size=2), expected)
 
 
 def test_strict_filters_give_the_most_likely_codes(prior):
-    greedy = sampling.sample_codes(prior, POSITIONS, seed=0, top_k=1)
-    assert np.array_equal(greedy, sampling.sample_codes(prior, POSITIONS, seed=1, top_k=1))
-    assert np.array_equal(greedy, sampling.sample_codes(prior, POSITIONS, seed=0, top_p=1e-6))
-    assert np.array_equal(greedy, sampling.sample_codes(prior, POSITIONS, seed=0, temperature=1e-4))
-    logits = ops.convert_to_numpy(prior((greedy, POSITIONS)))
+    greedy = sample(prior, 0, top_k=1)
+    assert np.array_equal(greedy, sample(prior, 1, top_k=1))
+    assert np.array_equal(greedy, sample(prior, 0, top_p=1e-6))
+    assert np.array_equal(greedy, sample(prior, 0, temperature=1e-4))
+    logits = ops.convert_to_numpy(prior({"codes": greedy, **CONDITIONING}))
     assert np.array_equal(greedy, logits.argmax(-1))
 
 
@@ -108,7 +113,7 @@ def test_temperature_divides_the_logits():
 
 def test_progress_counts_every_grid(prior):
     counts = []
-    sampling.sample_codes(prior, POSITIONS, seed=0, batch_size=2, progress=counts.append)
+    sample(prior, batch_size=2, progress=counts.append)
     assert counts == [2, 2, 1]
 
 
@@ -143,10 +148,15 @@ def test_cached_logits_equal_those_of_the_full_forward_pass(
     for weight in prior.trainable_variables:
         weight.assign(RNG.normal(0, 0.3, weight.shape))
     codes = RNG.integers(0, 8, (3, *grid)).astype(np.int32)
-    conditioning = [np.array([0, 4, 11], np.int32)]
+    conditioning = {"positions": np.array([0, 4, 11], np.int32)}
     if coarse_grid_size:
-        conditioning.append(RNG.integers(0, 8, (3, *coarse_grid_size)).astype(np.int32))
-    full = ops.convert_to_numpy(prior((codes, *conditioning)))
+        conditioning["coarse"] = RNG.integers(0, 8, (3, *coarse_grid_size)).astype(np.int32)
+    full = ops.convert_to_numpy(prior({"codes": codes, **conditioning}))
+    np.testing.assert_allclose(cached_logits(prior, codes, conditioning), full, atol=1e-4)
+
+
+def cached_logits(prior: model.PixelCNN, codes: np.ndarray, conditioning) -> np.ndarray:
+    """The logits (B, h, w, K) of a walk through given codes (B, h, w)."""
     cached = []
 
     def sample_cell(logits, inputs):
@@ -154,7 +164,42 @@ def test_cached_logits_equal_those_of_the_full_forward_pass(
         return inputs
 
     inputs = ops.transpose(ops.convert_to_tensor(codes), (1, 2, 0))
-    tensors = [ops.convert_to_tensor(array) for array in conditioning]
     # not compiled, so that `sample_cell` is called for every cell
-    np.testing.assert_array_equal(sampling.cached_sampling(prior, tensors, inputs, sample_cell), inputs)
-    np.testing.assert_allclose(np.stack(cached, axis=1).reshape(full.shape), full, atol=1e-4)
+    np.testing.assert_array_equal(sampling.cached_sampling(prior, conditioning, inputs, sample_cell), inputs)
+    return np.stack(cached, axis=1).reshape(*codes.shape, -1)
+
+
+class RunningMean:
+    """Adds the mean of the horizontal stack over all earlier cells: a layer with a state for the whole grid.
+
+    Every cell writes its features by index, as causal self-attention would write keys and values.
+    """
+
+    def __call__(self, stacks, condition, training=False):
+        *vertical, features = stacks
+        height, width, channels = features.shape[1:]
+        flat = ops.reshape(features, (-1, height * width, channels))
+        earlier = np.tri(height * width, k=-1, dtype=np.float32)
+        earlier /= np.maximum(earlier.sum(axis=1, keepdims=True), 1)
+        return *vertical, features + ops.reshape(ops.matmul(earlier, flat), ops.shape(features))
+
+    def start(self, batch_size, grid_size):
+        return {"features": ops.zeros((grid_size[0] * grid_size[1], batch_size, 16))}
+
+    def row(self, state, vertical, condition, row):
+        first_cell = ops.cast(row, "int32") * vertical.shape[1]
+        return {**state, "first_cell": first_cell}, vertical
+
+    def cell(self, state, horizontal, column):
+        index = state["first_cell"] + ops.cast(column, "int32")
+        mean = ops.sum(state["features"], axis=0) / ops.cast(ops.maximum(index, 1), "float32")
+        features = layers.write(state["features"], index, horizontal)
+        return {**state, "features": features}, horizontal + mean
+
+
+def test_a_layer_may_keep_a_state_through_the_whole_grid(prior):
+    prior.blocks.insert(1, RunningMean())
+    codes = RNG.integers(0, 8, (5, 3, 5)).astype(np.int32)
+    full = ops.convert_to_numpy(prior({"codes": codes, **CONDITIONING}))
+    np.testing.assert_allclose(cached_logits(prior, codes, CONDITIONING), full, atol=1e-4)
+    assert np.array_equal(sample(prior, 7), sample_with_full_passes(prior, 7, CONDITIONING))

@@ -1,6 +1,7 @@
 """Saved models, and training that was killed and continues."""
 
 import json
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import tensorflow as tf
 import console
 import model
 import training
-from run import Run, RunError
+from run import Run, RunError, checksum, remove
 from training import Stage
 
 
@@ -138,11 +139,19 @@ def make() -> keras.Model:
     return SimpleNet([keras.Input((4,), name="input"), dropout, dense], name="net")
 
 
-def run_of(folder: Path) -> Run:
-    return Run(folder, {"data_dir": None}, {"project": "1.0.0"})
+def run_of(folder: Path, start_from: Path | None = None, data_dir: str | None = None) -> Run:
+    constants = {"data_dir": data_dir, "start_from": start_from and str(start_from)}
+    return Run(folder, constants, {"project": "1.0.0"}, path_fields=("data_dir", "start_from"))
 
 
-def train(folder: Path, monkeypatch, stop_after: int | None = None, patience: int = 100, rate: float = 0.1):
+def train(
+    folder: Path,
+    monkeypatch,
+    stop_after: int | None = None,
+    rate: float = 0.1,
+    start_from: Path | None = None,
+    data_dir: str | None = None,
+) -> keras.Model:
     """Train a small network, or continue to; returns it."""
     stage = Stage(
         name="net",
@@ -152,16 +161,18 @@ def train(folder: Path, monkeypatch, stop_after: int | None = None, patience: in
         steps=STEPS,
         monitor="val_loss",
         epochs=EPOCHS,
-        patience=patience,
         learning_rate=rate,
+        made_from=("configuration",) if data_dir else ("slices",),
         learning_rate_option="net_learning_rate",
     )
     ours = training._callbacks
-    with monkeypatch.context() as patched, run_of(folder).start("data"):
+    opened = run_of(folder, start_from, data_dir)
+    initial = {}
+    if start_from and (start_from / "net.keras").exists():
+        initial = {"net.keras": checksum(start_from / "net.keras")}
+    with monkeypatch.context() as patched, opened.start("data", initial):
         patched.setattr(training, "_callbacks", lambda *given: [*ours(*given), StopAfter(stop_after)])
-        opened = run_of(folder)
-        opened.history = opened.read_history()
-        return training.train(stage, opened, seed=5)
+        return training.train(stage, opened, seed=5, start_from=start_from)
 
 
 def history(folder: Path) -> list[dict]:
@@ -174,7 +185,7 @@ def newest(folder: Path) -> Path:
 
 def counters(folder: Path) -> dict:
     with np.load(newest(folder)) as file:
-        return json.loads(str(file["counters"]))
+        return json.loads(str(file["state"]))[0]
 
 
 def assert_same_end(one: Path, two: Path) -> None:
@@ -205,16 +216,133 @@ def test_killed_training_ends_bitwise_identical(tmp_path, monkeypatch, uninterru
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_early_stopping_survives_kills(tmp_path, monkeypatch):
+def test_the_best_epoch_survives_kills(tmp_path, monkeypatch):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    train(alone, monkeypatch, patience=2, rate=0.0)  # Never better than in the first epoch.
-    assert counters(alone)["stopped"]
-    assert counters(alone)["epoch"] == 3
+    train(alone, monkeypatch, rate=1e-30)  # Never better than in the first epoch.
+    assert counters(alone)["best_epoch"] == 1
     for stop_after in (1, 2):
         with pytest.raises(console.Stopped):
-            train(killed, monkeypatch, stop_after, patience=2, rate=0.0)
-    train(killed, monkeypatch, patience=2, rate=0.0)
+            train(killed, monkeypatch, stop_after, rate=1e-30)
+    train(killed, monkeypatch, rate=1e-30)
     assert_same_end(killed, alone)
+
+
+def test_the_learning_rate_ends_where_training_ends(uninterrupted):
+    rates = [row["learning_rate"] for row in history(uninterrupted)]
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[-2] > 1e-3
+
+
+def test_a_trained_network_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
+    first = train(tmp_path, monkeypatch)
+    remove(tmp_path / "checkpoint")
+    monkeypatch.setattr(keras.Model, "fit", lambda *given, **options: pytest.fail("it is trained already"))
+    assert weights_equal(train(tmp_path, monkeypatch), first)
+
+
+def test_a_network_that_is_removed_is_trained_again(tmp_path, monkeypatch, uninterrupted):
+    train(tmp_path, monkeypatch)
+    remove(tmp_path / "checkpoint")
+    (tmp_path / "net.keras").unlink()
+    train(tmp_path, monkeypatch)
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_network_without_a_record_is_not_replaced(tmp_path, monkeypatch, uninterrupted):
+    train(tmp_path, monkeypatch)
+    (tmp_path / "manifest.json").unlink()
+    train(tmp_path, monkeypatch)  # As after a kill between the two files: the last checkpoint is complete.
+    assert_same_end(tmp_path, uninterrupted)
+    (tmp_path / "manifest.json").unlink()
+    remove(tmp_path / "checkpoint")
+    before = (tmp_path / "net.keras").read_bytes()
+    message = refused(lambda: train(tmp_path, monkeypatch))
+    assert f"{tmp_path / 'net.keras'}: is not in manifest.json" in message
+    assert "remove the network" in message
+    assert (tmp_path / "net.keras").read_bytes() == before
+
+
+def test_checkpoints_of_a_network_made_from_something_else_are_not_used(tmp_path, monkeypatch, capsys):
+    with pytest.raises(console.Stopped):
+        train(tmp_path / "net", monkeypatch, 3, data_dir="one")
+    train(tmp_path / "net", monkeypatch, data_dir="two", rate=0.05)
+    train(tmp_path / "alone" / "net", monkeypatch, data_dir="two", rate=0.05)
+    assert_same_end(tmp_path / "net", tmp_path / "alone" / "net")
+    assert "net_epoch_0003.npz: was made from other networks or slices" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_history_is_lost_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 3)
+    path = tmp_path / "history.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    message = refused(lambda: train(tmp_path, monkeypatch))
+    assert f"{path}: rows of net are missing" in message
+    assert "restore the file" in message
+
+
+def validation_loss(network: keras.Model) -> float:
+    x, y = batch(100)
+    return float(np.mean((y - keras.ops.convert_to_numpy(network(x))) ** 2))
+
+
+def test_training_begins_with_the_weights_of_another_run(tmp_path, monkeypatch, uninterrupted):
+    best = min(row["val_loss"] for row in history(uninterrupted))
+    trained = train(tmp_path / "longer", monkeypatch, rate=1e-9, start_from=uninterrupted)
+    assert validation_loss(trained) == pytest.approx(best, rel=1e-5)
+    assert history(tmp_path / "longer")[0]["val_loss"] == pytest.approx(best, rel=1e-5)
+    assert validation_loss(train(tmp_path / "scratch", monkeypatch, rate=1e-9)) > 2 * best
+
+
+def test_training_from_other_weights_survives_kills_and_the_loss_of_the_folder(tmp_path, monkeypatch, uninterrupted):
+    alone, killed, folder = tmp_path / "alone", tmp_path / "killed", tmp_path / "weights"
+    train(alone, monkeypatch, start_from=uninterrupted)
+    shutil.copytree(uninterrupted, folder)
+    with pytest.raises(console.Stopped):
+        train(killed, monkeypatch, 0, start_from=folder)
+    folder.rename(tmp_path / "moved")
+    message = refused(lambda: train(killed, monkeypatch, start_from=folder))  # There is no checkpoint yet.
+    assert f"start_from is {folder}: net.keras is missing" in message
+    with pytest.raises(console.Stopped):
+        train(killed, monkeypatch, 2, start_from=tmp_path / "moved")
+    train(killed, monkeypatch, start_from=folder)
+    assert_same_end(killed, alone)
+
+
+class Layers(keras.Model):
+    """A network that is rebuilt from its settings, as the product's networks are."""
+
+    def __init__(self, units: int = 3, depth: int = 2, seed: int = 0):
+        super().__init__()
+        self.settings = {"units": units, "depth": depth, "seed": seed}
+        self.stack = [keras.layers.Dense(units, name=f"dense_{i}") for i in range(depth)]
+        self(np.zeros((1, 4), np.float32))
+
+    def call(self, x):
+        for layer in self.stack:
+            x = layer(x)
+        return x
+
+    def get_config(self):
+        return self.settings
+
+
+def test_networks_to_start_from_are_checked_before_anything_is_written(tmp_path):
+    opened, folder = run_of(tmp_path / "run"), tmp_path / "other"
+    folder.mkdir()
+    message = refused(lambda: training.initial_networks(folder, {"vqvae": Layers}, opened))
+    assert f"start_from is {folder}: contains no vqvae.keras" in message
+    training.save_model(Layers(), folder / "vqvae.keras")
+    found = training.initial_networks(folder, {"vqvae": Layers, "prior": Layers}, opened)
+    assert found == {"vqvae.keras": checksum(folder / "vqvae.keras")}
+    for settings, shown in (({"units": 5}, "(units is 3 there, 5 here)"), ({"depth": 1, "seed": 1}, "(depth is 2 ")):
+        makers = {"vqvae": lambda settings=settings: Layers(**settings)}
+        message = refused(lambda makers=makers: training.initial_networks(folder, makers, opened))
+        assert f"start_from is {folder}: vqvae.keras has another architecture" in message
+        assert shown in message
+        assert "choose another start_from" in message
+    assert training.initial_networks(None, {"vqvae": Layers}, opened) == {}
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_weights_are_kept_not_the_last(tmp_path, monkeypatch):
@@ -260,7 +388,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best_model(tmp_p
     assert message.startswith("net_learning_rate: the loss is ")
     assert " in epoch 3, at a learning rate of 0.0" in message
     assert "choose a lower net_learning_rate and another run_dir" in message
-    best_epoch = json.loads(str(arrays["counters"]))["best_epoch"] + 1
+    best_epoch = counters(tmp_path)["best_epoch"]
     assert message.endswith(f"the best model so far, of epoch {best_epoch}, is {tmp_path}/checkpoint/net.keras")
     kept = make()
     training.load_weights(kept, tmp_path / "checkpoint" / "net.keras")

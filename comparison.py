@@ -1,0 +1,467 @@
+"""Compare samples, reconstructions and controls with the real slices of the test subjects.
+
+The controls are sets of images with a known fault, which a measure must find. A measure that does not find it says
+nothing about samples either: `failed_controls` lists what each measure fails, and the report concludes nothing from it.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+from scipy import ndimage
+
+import metrics
+import seeds
+import two_sample
+from generator import Results
+
+NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
+BLUR_SIGMA = 1.0  # Standard deviation of the Gaussian in pixels.
+NOISE_SIGMA = 0.05  # Standard deviation of the noise, on the [0, 1] scale.
+BLOCKS = 4  # Blocks per side of a grid in the control "blocks": 3 × 3 codes each on a 12 × 12 grid.
+CONTROLS = {
+    "real": "real slices of validation subjects: no fault",
+    "halves": "left half of the codes from one test subject, right half from another, decoded",
+    "blocks": f"each of {BLOCKS} × {BLOCKS} blocks of the codes from another test subject, decoded",
+    "blur": f"real slices, blurred by a Gaussian with a standard deviation of {BLUR_SIGMA:g} pixel",
+    "noise": f"real slices with noise of standard deviation {NOISE_SIGMA:g} in the brain",
+    "decoded_training_codes": "codes of training slices, decoded: copies",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of one split, with the codes that they were encoded as or decoded from.
+
+    Attributes:
+        images: (N, S, S, 1) uint8.
+        codes: Code indices, (N, h, w) int32 per level.
+        positions: (N,) int32 slice positions.
+        subjects: (N,) subjects; every sample counts as a subject of its own.
+    """
+
+    images: np.ndarray
+    codes: list[np.ndarray]
+    positions: np.ndarray
+    subjects: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Part":
+        """Return the images of these indices."""
+        codes = [indices[index] for indices in self.codes]
+        return Part(self.images[index], codes, self.positions[index], self.subjects[index])
+
+
+# The "test" part is compared with the test slices, one by one. Classifiers are trained on the "train" part and chosen
+# by the "validate" part; a set without them is not classified.
+ImageSet: TypeAlias = dict[str, Part]
+
+
+# ------------------------------------------------------------------------------------------- comparisons
+
+
+def compare(results: Results, seed: int) -> dict[str, Any]:
+    """Compare samples with real slices of the test subjects, which no network has seen.
+
+    Args:
+        results: Everything that a run has produced. `results.numbers` is not used.
+        seed: Seed of the pairs, the classifiers, the controls and the draws of other subjects.
+
+    Returns:
+        Four dictionaries:
+
+        - samples: the numbers of `Comparison.measure`; accuracies of classifiers against real slices (c2st_real),
+          against reconstructions (c2st_reconstructions), and of codes against codes of real slices (c2st_codes);
+          `count`, the number of samples; and `nearest_to_training`, the ten samples nearest to a reconstructed training
+          slice.
+        - references: the numbers of `reconstructions` of the test slices, the best that the decoder allows; those of
+          `other_subjects` (see `Comparison.measure_other_subjects`), the best that any model can reach; and
+          real_ms_ssim_of_pairs, that of the real slices.
+        - controls: the numbers of each control, with c2st and c2st_codes.
+        - failed_controls: for each measure, the controls that it fails; see `failed_controls`.
+    """
+    comparison = Comparison(results, seed)
+    real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
+    sampled = {
+        "count": len(real["test"].images),
+        "c2st_real": comparison.classify_images(real, samples),
+        "c2st_reconstructions": comparison.classify_images(decoded, samples),
+        "c2st_codes": comparison.classify_codes(decoded, samples),
+        **comparison.measure(samples["test"]),
+        "nearest_to_training": comparison.nearest_to_training(samples["test"]),
+    }
+    reconstructions = {"c2st_real": comparison.classify_images(real, decoded), **comparison.measure(decoded["test"])}
+    controls = {}
+    for name in CONTROLS:
+        faultless, control = comparison.control(name)
+        controls[name] = {
+            "c2st": comparison.classify_images(faultless, control),
+            "c2st_codes": comparison.classify_codes(faultless, control),
+            **comparison.measure(control["test"]),
+        }
+    return {
+        "samples": sampled,
+        "references": {
+            "reconstructions": reconstructions,
+            "other_subjects": comparison.measure_other_subjects(),
+            "real_ms_ssim_of_pairs": ms_ssim_of_pairs(real["test"].images, comparison.pairs),
+        },
+        "controls": controls,
+        "failed_controls": failed_controls(controls, reconstructions),
+    }
+
+
+class Comparison:
+    """What all sets of images are compared with, computed once.
+
+    Args:
+        results, seed: See `compare`.
+
+    Attributes:
+        real: The real slices.
+        decoded: Their reconstructions.
+        pairs: (P, 2) indices of test slices at the same position that show different subjects.
+    """
+
+    def __init__(self, results: Results, seed: int) -> None:
+        self.results, self.seed = results, seed
+        self.real, self.decoded = {}, {}
+        for split, slices in results.slices.items():
+            part = Part(to_display_uint8(slices.images), results.codes[split], slices.positions, slices.subjects)
+            self.real[split] = part.take(results.compared[split])
+            self.decoded[split] = replace(self.real[split], images=self._decode(self.real[split].codes))
+        test = self.real["test"]
+        self.pairs = random_pairs(test.positions, test.subjects, seed)
+        self.whiten = two_sample.whitening(two_sample.random_features(self.real["train"].images))
+        self.features = self._features(test.images)
+        self.train_features = self._features(self.decoded["train"].images)
+        self.power = metrics.power_spectrum(test.images / np.float32(255))
+        self.distances = self._distances(test)
+        self.surprise = self._surprise(test)
+
+    def _decode(self, codes: list[np.ndarray]) -> np.ndarray:
+        return to_display_uint8(self.results.generator.decode(codes))
+
+    def _features(self, images: np.ndarray) -> np.ndarray:
+        return self.whiten(two_sample.random_features(images))
+
+    # ------------------------------------------------------------------------------------------- sets
+
+    def samples(self) -> ImageSet:
+        """The generated slices, one at the position of each compared slice."""
+        return {
+            split: self._fakes(to_display_uint8(samples.images), samples.codes, samples.positions)
+            for split, samples in self.results.compared_samples.items()
+        }
+
+    def _fakes(self, images: np.ndarray, codes: list[np.ndarray], positions: np.ndarray) -> Part:
+        return Part(images, codes, positions, np.array([f"fake {i}" for i in range(len(images))]))
+
+    def control(self, name: str) -> tuple[ImageSet, ImageSet]:
+        """Return a set without a fault, and the control of this name in `CONTROLS`."""
+        if name == "real":
+            return self._real_control()
+        if name in ("halves", "blocks"):
+            shape = (1, 2) if name == "halves" else (BLOCKS, BLOCKS)
+            patched = {split: patch_codes(part, shape, self.seed) for split, part in self.real.items()}
+            fakes = {
+                split: self._fakes(self._decode(codes), codes, self.real[split].positions)
+                for split, codes in patched.items()
+            }
+            return self.decoded, fakes
+        if name == "decoded_training_codes":
+            copies = self.decoded["train"].take(self._matched("train", 0))
+            return self.decoded, {"test": self._fakes(copies.images, copies.codes, copies.positions)}
+        return self.real, {split: self._spoiled(part, name) for split, part in self.real.items()}
+
+    def _spoiled(self, part: Part, name: str) -> Part:
+        """Blur images or add noise, depending on the name of the control, and encode them again."""
+        clean = part.images / np.float32(255)
+        images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, self.seed))
+        return replace(part, images=images, codes=self.results.generator.encode(images))
+
+    def _real_control(self) -> tuple[ImageSet, ImageSet]:
+        """Two sets of real slices: of test and of validation subjects, with half of the training subjects each.
+
+        A quarter of these is what the classifier is chosen by.
+        """
+        train = self.real["train"]
+        names = seeds.generator(self.seed, "halves of the training subjects").permutation(np.unique(train.subjects))
+        bounds = [0, *(round(len(names) * eighths / 8) for eighths in (3, 6, 7)), len(names)]
+        parts = [
+            train.take(np.isin(train.subjects, names[begin:end]))
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        first = {"train": parts[0], "validate": parts[2], "test": self.real["test"]}
+        second = {
+            "train": parts[1],
+            "validate": parts[3],
+            "test": self.real["validate"].take(self._matched("validate", 0)),
+        }
+        return first, second
+
+    def _matched(self, split: str, draw: int) -> np.ndarray:
+        """Choose a slice of a split for each test slice; see `matched_slices`."""
+        return matched_slices(self.real[split], self.real["test"], seeds.generator(self.seed, "other subjects", draw))
+
+    # --------------------------------------------------------------------------------------- measures
+
+    def classify_images(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:
+        """Measure how well a classifier of images distinguishes two sets."""
+        size, seed = self.real["test"].images.shape[1], seeds.number(self.seed, "classifier of images")
+        make = functools.partial(two_sample.image_classifier, size, seed)
+        inputs = [{split: [part.images] for split, part in each.items()} for each in (first, second)]
+        return two_sample.classifier_two_sample_test(*inputs, _subjects(first["test"], second["test"]), make)
+
+    def classify_codes(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:
+        """Measure how well a classifier of code grids distinguishes two sets."""
+        vqvae, seed = self.results.generator.vqvae, seeds.number(self.seed, "classifier of codes")
+        codebooks = [keras.ops.convert_to_numpy(quantizer.embeddings) for quantizer in vqvae.quantizers]
+        make = functools.partial(two_sample.code_classifier, codebooks, vqvae.grids, seed)
+        inputs = [{split: part.codes for split, part in each.items()} for each in (first, second)]
+        return two_sample.classifier_two_sample_test(*inputs, _subjects(first["test"], second["test"]), make)
+
+    def measure(self, fakes: Part) -> dict[str, Any]:
+        """Compare a set with the test slices.
+
+        Returns:
+            - critic_auc, critic_auc_interval: How well the surprise of the critic (see `Generator.surprise`) separates
+              the set from the code grids of the test subjects, as the area under the curve. At 0.5 it does not. Above,
+              the set fits together less well than real grids; below, it is nearer to the training subjects than unseen
+              subjects are.
+            - The numbers of `two_sample.prdc` and `two_sample.mmd2`, on whitened random features.
+            - ms_ssim_of_pairs: Mean MS-SSIM of pairs at the same position.
+            - The numbers of `metrics.power_ratios`, relative to the real slices.
+            - code_hamming: Mean fraction of the codes that differ from the nearest training grid.
+            - The numbers of `two_sample.nearest_neighbour_metrics` for "codes", and for "pixels" and "features" of the
+              decoded codes, compared with decoded codes of training slices.
+        """
+        test, features = self.real["test"], self._features(fakes.images)
+        subjects, distances = _subjects(test, fakes), self._distances(fakes)
+        auc, interval = two_sample.area_under_curve(self.surprise, self._surprise(fakes), *subjects)
+        return {
+            "critic_auc": auc,
+            "critic_auc_interval": interval,
+            **two_sample.prdc(self.features, features, *subjects),
+            **two_sample.mmd2(self.features, features, *subjects),
+            "ms_ssim_of_pairs": ms_ssim_of_pairs(fakes.images, self.pairs),
+            **metrics.power_ratios(self.power, metrics.power_spectrum(fakes.images / np.float32(255))),
+            "code_hamming": float(distances["codes"].mean()),
+            **two_sample.nearest_neighbour_metrics(distances, self.distances),
+        }
+
+    def measure_other_subjects(self) -> dict[str, Any]:
+        """Compare real slices of training subjects with the test slices, as means over `NUM_DRAWS` draws of subjects.
+
+        Returns:
+            The numbers of `two_sample.prdc` and `two_sample.mmd2`, ms_ssim_of_pairs, and `*_spread`, the standard
+            deviation of each over the draws.
+        """
+        test, train, draws = self.real["test"], self.real["train"], []
+        features = self._features(train.images)
+        for draw in range(NUM_DRAWS):
+            index = self._matched("train", draw)
+            subjects = (test.subjects, train.subjects[index])
+            draws.append(
+                {
+                    **two_sample.prdc(self.features, features[index], *subjects),
+                    **two_sample.mmd2(self.features, features[index], *subjects),
+                    "ms_ssim_of_pairs": ms_ssim_of_pairs(train.images[index], self.pairs[draw::NUM_DRAWS]),
+                }
+            )
+        means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+        return means | {f"{name}_spread": float(np.std([draw[name] for draw in draws], ddof=1)) for name in draws[0]}
+
+    def nearest_to_training(self, samples: Part) -> list[dict[str, Any]]:
+        """The ten samples nearest to a reconstructed training slice in pixels, as {index, train_index, distance}."""
+        train = self.decoded["train"]
+        index, distances = two_sample.nearest_neighbours(
+            _flat(samples.images), _flat(train.images), *_subjects(samples, train)
+        )
+        train_index = self.results.compared["train"][index]
+        return [
+            {"index": int(i), "train_index": int(train_index[i]), "distance": float(distances[i])}
+            for i in np.argsort(distances, kind="stable")[:10]
+        ]
+
+    def _surprise(self, part: Part) -> np.ndarray:
+        return self.results.critic.surprise(part.codes, part.positions)
+
+    def _distances(self, part: Part) -> dict[str, np.ndarray]:
+        """Distance of each grid of codes, and of what it decodes to, to the nearest of the training slices, (N,)."""
+        train, images = self.decoded["train"], self._decode(part.codes)
+        subjects = _subjects(part, train)
+        return {
+            "codes": two_sample.nearest_grids(_grids(part.codes), _grids(train.codes), *subjects),
+            "pixels": two_sample.nearest_neighbours(_flat(images), _flat(train.images), *subjects)[1],
+            "features": two_sample.nearest_neighbours(self._features(images), self.train_features, *subjects)[1],
+        }
+
+
+# ----------------------------------------------------------------------------------------------- controls
+
+
+def patch_codes(part: Part, blocks: tuple[int, int], seed: int) -> list[np.ndarray]:
+    """Patch each code grid together from the grids of different subjects at the same, or the nearest, slice position.
+
+    Args:
+        part: Slices of one split. All levels of their codes are patched alike.
+        blocks: Number of blocks, (rows, columns). The first block keeps the slice's own codes. Each other block has
+            those of another subject, a different one as long as there are any.
+        seed: Determines the subjects.
+
+    Returns:
+        (N, h, w) int32 per level.
+    """
+    random, count = seeds.generator(seed, "patched codes", *blocks), math.prod(blocks)
+    positions, subjects = part.positions, part.subjects
+    slices_of = {name: np.flatnonzero(subjects == name) for name in np.unique(subjects)}
+    sources = np.empty((len(positions), count), np.int64)  # index of the slice that each block comes from
+    for i, (position, subject) in enumerate(zip(positions, subjects, strict=True)):
+        others = random.permutation([name for name in slices_of if name != subject])
+        owners = [subject, *np.resize(others, count - 1)] if len(others) else [subject] * count
+        for block, owner in enumerate(owners):
+            own = slices_of[owner]
+            sources[i, block] = own[np.abs(positions[own] - position).argmin()]
+    patched = []
+    for grids in part.codes:
+        rows, columns = (np.arange(side) * number // side for side, number in zip(grids.shape[1:], blocks, strict=True))
+        block_of = rows[:, None] * blocks[1] + columns  # (h, w)
+        source = sources[:, block_of]  # (N, h, w)
+        patched.append(grids[source, np.arange(grids.shape[1])[:, None], np.arange(grids.shape[2])])
+    return patched
+
+
+def blur(images: np.ndarray) -> np.ndarray:
+    """Blur images (N, H, W, 1) in [0, 1] with a Gaussian of standard deviation `BLUR_SIGMA`."""
+    return ndimage.gaussian_filter(images, (0, BLUR_SIGMA, BLUR_SIGMA, 0))
+
+
+def add_noise(images: np.ndarray, seed: int) -> np.ndarray:
+    """Add Gaussian noise of standard deviation `NOISE_SIGMA` to the brain in images (N, H, W, 1) in [0, 1].
+
+    The background stays black: noise there would be too easy to find.
+    """
+    noise = seeds.generator(seed, "noise control").standard_normal(images.shape, np.float32) * NOISE_SIGMA
+    return np.clip(images + noise * (images > 0), 0, 1)
+
+
+def failed_controls(controls: dict[str, dict[str, Any]], reconstructions: dict[str, Any]) -> dict[str, list[str]]:
+    """Compare what the measures say about the controls with what they must say.
+
+    Args:
+        controls: The numbers of each control, as in metrics.json.
+        reconstructions: Those of the reconstructions of the test slices.
+
+    Returns:
+        For each measure, a phrase for each control that it fails. A measure with an empty list can be trusted.
+    """
+    failures: dict[str, list[str]] = {}
+    real = controls["real"]
+
+    def require(measure: str, control: str, value: float, holds: bool, wanted: str) -> None:
+        shown = "undefined" if math.isnan(value) else f"{value:.2f}"
+        failed = [] if holds else [f"{control} is {shown}, must be {wanted}"]
+        failures[measure] = [*failures.get(measure, []), *failed]
+
+    def within(interval: list[float | None]) -> bool:
+        lower, upper = interval
+        return lower is not None and upper is not None and lower <= 0.5 <= upper
+
+    for measure, value, interval in (
+        ("c2st", real["c2st"]["accuracy"], real["c2st"]["accuracy_interval"]),
+        ("c2st_codes", real["c2st_codes"]["accuracy"], real["c2st_codes"]["accuracy_interval"]),
+        ("critic_auc", real["critic_auc"], real["critic_auc_interval"]),
+    ):
+        require(measure, "real", value, within(interval), "0.50 within its interval")
+    for measure, name, least in (
+        ("c2st", "blur", 0.8),
+        ("c2st", "noise", 0.8),
+        ("c2st_codes", "blocks", 0.8),
+        ("c2st_codes", "halves", 0.7),
+    ):
+        accuracy = controls[name][measure]["accuracy"]
+        require(measure, name, accuracy, accuracy >= least, f"at least {least}")
+    for name, least in (("blocks", 0.95), ("halves", 0.65)):
+        auc = controls[name]["critic_auc"]
+        require("critic_auc", name, auc, auc >= least, f"at least {least}")
+    for space in ("codes", "pixels", "features"):
+        measure = f"near_duplicate_rate_{space}"
+        copies, unseen = controls["decoded_training_codes"][measure], controls["real"][measure]
+        require(measure, "decoded_training_codes", copies, copies >= 0.9, "at least 0.9")
+        require(measure, "real", unseen, unseen <= 0.05, "at most 0.05")
+    for measure in ("precision", "density", "recall", "coverage"):
+        value, limit = controls["blocks"][measure], 0.8 * reconstructions[measure]
+        require(measure, "blocks", value, value <= limit, "at most 0.8 times that of reconstructions")
+    return failures
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def to_display_uint8(images: np.ndarray) -> np.ndarray:
+    """Convert images to what an 8-bit PNG with a clean background shows: values up to 0.05 become black.
+
+    Decoders leave faint noise where real slices are exactly black. No comparison should depend on it.
+
+    Args:
+        images: (N, H, W, 1) uint8, or float, clipped to [0, 1].
+
+    Returns:
+        (N, H, W, 1) uint8.
+    """
+    if images.dtype != np.uint8:
+        images = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    return np.where(images > metrics.BRAIN_THRESHOLD * 255, images, np.uint8(0))
+
+
+def matched_slices(part: Part, targets: Part, random: np.random.Generator) -> np.ndarray:
+    """Choose a slice for each target, such that both sets have the same composition.
+
+    Each subject of the targets is matched with a random subject, a different one each time as long as there are any,
+    and each of its slices with that subject's slice at the nearest position.
+
+    Returns:
+        (N,) indices of `part`, one for each of the N targets.
+    """
+    names, chosen = np.unique(targets.subjects), np.empty(len(targets.subjects), np.int64)
+    partners = np.resize(random.permutation(np.unique(part.subjects)), len(names))
+    for name, partner in zip(names, partners, strict=True):
+        own, others = np.flatnonzero(targets.subjects == name), np.flatnonzero(part.subjects == partner)
+        distances = np.abs(targets.positions[own][:, None] - part.positions[others])
+        chosen[own] = others[distances.argmin(axis=1)]
+    return chosen
+
+
+def random_pairs(positions: np.ndarray, subjects: np.ndarray, seed: int, rounds: int = 3) -> np.ndarray:
+    """Draw pairs of slices at the same position that show different subjects, up to `rounds` per slice.
+
+    Returns:
+        (P, 2) indices, P at most N · `rounds`.
+    """
+    random, pairs = seeds.generator(seed, "pairs of slices"), []
+    for i in range(len(positions)):
+        partners = np.flatnonzero((positions == positions[i]) & (subjects != subjects[i]))
+        pairs += [(i, j) for j in random.permutation(partners)[:rounds]]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def ms_ssim_of_pairs(images: np.ndarray, pairs: np.ndarray) -> float:
+    """Return the mean MS-SSIM of pairs (P, 2) of uint8 images; higher is less varied. NaN if there are no pairs."""
+    x, y = (images[pairs[:, side]] / np.float32(255) for side in (0, 1))
+    return float(metrics.ms_ssim(x, y).mean()) if len(pairs) else math.nan
+
+
+def _subjects(first: Part, second: Part) -> tuple[np.ndarray, np.ndarray]:
+    return first.subjects, second.subjects
+
+
+def _flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1)
+
+
+def _grids(codes: list[np.ndarray]) -> np.ndarray:
+    """The codes of all levels in one row per slice, (N, D)."""
+    return np.concatenate([_flat(indices) for indices in codes], axis=1)
