@@ -6,6 +6,7 @@ nothing about samples either: `failed_controls` lists what each measure fails, a
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from scipy import ndimage
 import metrics
 import seeds
 import two_sample
+from dataset import Slices
 from generator import Results
 
 NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
@@ -38,7 +40,7 @@ class Part:
 
     Attributes:
         images: (N, S, S, 1) uint8.
-        codes: Code indices, (N, h, w) int32 per level.
+        codes: Code indices, (N, h, w) int32 per level; empty if they are not needed.
         positions: (N,) int32 slice positions.
         subjects: (N,) subjects; every sample counts as a subject of its own.
     """
@@ -174,13 +176,15 @@ class Comparison:
         if name == "decoded_training_codes":
             copies = self.decoded["train"].take(self._matched("train", 0))
             return self.decoded, {"test": self._fakes(copies.images, copies.codes, copies.positions)}
-        return self.real, {split: self._spoiled(part, name) for split, part in self.real.items()}
+        spoiled = {split: self._spoil(part, name) for split, part in self.real.items()}
+        codes = self.results.generator.encode(spoiled["test"].images)
+        return self.real, spoiled | {"test": replace(spoiled["test"], codes=codes)}
 
-    def _spoiled(self, part: Part, name: str) -> Part:
-        """Blur images or add noise, depending on the name of the control, and encode them again."""
+    def _spoil(self, part: Part, name: str) -> Part:
+        """Blur images or add noise, depending on the name of the control. The codes are left out."""
         clean = part.images / np.float32(255)
         images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, self.seed))
-        return replace(part, images=images, codes=self.results.generator.encode(images))
+        return replace(part, images=images, codes=[])
 
     def _real_control(self) -> tuple[ImageSet, ImageSet]:
         """Two sets of real slices: of test and of validation subjects, with half of the training subjects each.
@@ -208,20 +212,37 @@ class Comparison:
 
     # --------------------------------------------------------------------------------------- measures
 
+    @functools.cached_property
+    def _image_classifier(self) -> keras.Model:
+        size = self.real["test"].images.shape[1]
+        return two_sample.image_classifier(size, seeds.number(self.seed, "classifier of images"))
+
+    @functools.cached_property
+    def _code_classifier(self) -> keras.Model:
+        vqvae, seed = self.results.generator.vqvae, seeds.number(self.seed, "classifier of codes")
+        codebooks = [keras.ops.convert_to_numpy(quantizer.embeddings) for quantizer in vqvae.quantizers]
+        return two_sample.code_classifier(codebooks, vqvae.grids, seed)
+
     def classify_images(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:
         """Measure how well a classifier of images distinguishes two sets."""
-        size, seed = self.real["test"].images.shape[1], seeds.number(self.seed, "classifier of images")
-        make = functools.partial(two_sample.image_classifier, size, seed)
-        inputs = [{split: [part.images] for split, part in each.items()} for each in (first, second)]
-        return two_sample.classifier_two_sample_test(*inputs, _subjects(first["test"], second["test"]), make)
+        return self._classify(first, second, self._image_classifier, lambda part: [part.images])
 
     def classify_codes(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:
         """Measure how well a classifier of code grids distinguishes two sets."""
-        vqvae, seed = self.results.generator.vqvae, seeds.number(self.seed, "classifier of codes")
-        codebooks = [keras.ops.convert_to_numpy(quantizer.embeddings) for quantizer in vqvae.quantizers]
-        make = functools.partial(two_sample.code_classifier, codebooks, vqvae.grids, seed)
-        inputs = [{split: part.codes for split, part in each.items()} for each in (first, second)]
-        return two_sample.classifier_two_sample_test(*inputs, _subjects(first["test"], second["test"]), make)
+        return self._classify(first, second, self._code_classifier, lambda part: part.codes)
+
+    def _classify(
+        self,
+        first: ImageSet,
+        second: ImageSet,
+        classifier: keras.Model,
+        inputs: Callable[[Part], list[np.ndarray]],
+    ) -> dict[str, Any]:
+        """Run a two-sample test on what a classifier reads of each part."""
+        first_inputs = {split: inputs(part) for split, part in first.items()}
+        second_inputs = {split: inputs(part) for split, part in second.items()}
+        subjects = _subjects(first["test"], second["test"])
+        return two_sample.classifier_two_sample_test(first_inputs, second_inputs, subjects, classifier)
 
     def measure(self, fakes: Part) -> dict[str, Any]:
         """Compare a set with the test slices.
@@ -415,6 +436,23 @@ def to_display_uint8(images: np.ndarray) -> np.ndarray:
     if images.dtype != np.uint8:
         images = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
     return np.where(images > metrics.BRAIN_THRESHOLD * 255, images, np.uint8(0))
+
+
+def choose_subjects(slices: Slices, max_slices: int, seed: int) -> np.ndarray:
+    """Choose all slices of random subjects, as many as possible without exceeding a number of slices.
+
+    Args:
+        slices: N slices.
+        max_slices: The number. If even the first subject has more slices, it is chosen nevertheless.
+        seed: Determines the subjects.
+
+    Returns:
+        Indices of the chosen slices in increasing order.
+    """
+    names, counts = np.unique(slices.subjects, return_counts=True)
+    order = seeds.generator(seed, "subjects to compare").permutation(len(names))
+    fitting = max(1, int(np.searchsorted(np.cumsum(counts[order]), max_slices, "right")))
+    return np.flatnonzero(np.isin(slices.subjects, names[order[:fitting]]))
 
 
 def matched_slices(part: Part, targets: Part, random: np.random.Generator) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, UnidentifiedImageError
 
+import augmentation
 import console
 import naming
 import phantom
@@ -66,10 +67,6 @@ class Slices:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def take(self, index: np.ndarray) -> "Slices":
-        """Return the slices of these indices."""
-        return Slices(self.images[index], self.positions[index], self.subjects[index])
 
 
 def load(
@@ -124,23 +121,6 @@ def fingerprint(slices: dict[str, Slices]) -> str:
         digest.update(split_slices.positions.tobytes())
         digest.update(np.ascontiguousarray(split_slices.images).data)
     return digest.hexdigest()
-
-
-def choose_subjects(slices: Slices, max_slices: int, seed: int) -> np.ndarray:
-    """Choose all slices of random subjects, as many as possible without exceeding a number of slices.
-
-    Args:
-        slices: N slices.
-        max_slices: The number. If even the first subject has more slices, it is chosen nevertheless.
-        seed: Determines the subjects.
-
-    Returns:
-        Indices of the chosen slices in increasing order.
-    """
-    names, counts = np.unique(slices.subjects, return_counts=True)
-    order = seeds.generator(seed, "subjects to compare").permutation(len(names))
-    fitting = max(1, int(np.searchsorted(np.cumsum(counts[order]), max_slices, "right")))
-    return np.flatnonzero(np.isin(slices.subjects, names[order[:fitting]]))
 
 
 def pixel_variance(slices: Slices) -> float:
@@ -526,7 +506,7 @@ def image_batches(
         seed: None for one pass in order. A number for an endless sequence of epochs, each shuffled by (seed, epoch)
             and with full batches only (`steps_per_epoch`).
         first_epoch: Epoch to begin with, if shuffled.
-        augmented: Augment every image, as a function of (seed, epoch, step); see `draw_augmentation`. Needs a seed.
+        augmented: Augment every image, as a function of (seed, epoch, step); see `augmentation.draw`. Needs a seed.
         shard: (i, n) yields the i-th of n equal parts of each batch, with the same images as in the whole batch; n
             must divide the size of every batch.
 
@@ -543,71 +523,12 @@ def image_batches(
         images = tf.cast(images, tf.float32) / 255
         if augmented:
             number = tf.shape(images)[0]
-            parameters = draw_augmentation(count * number, seed, step)
+            parameters = augmentation.draw(count * number, seed, step)
             own = slice(index * number, (index + 1) * number)
-            images = augment(images, {name: values[own] for name, values in parameters.items()})
+            images = augmentation.apply(images, {name: values[own] for name, values in parameters.items()})
         return images, positions
 
     return batches.enumerate(first_step).map(to_inputs).prefetch(2)
-
-
-def draw_augmentation(count: int | tf.Tensor, seed: int | None, step: int | tf.Tensor) -> dict[str, tf.Tensor]:
-    """Draw the parameters of random augmentations. Every image is flipped or not; half of them are rotated and scaled.
-
-    With only about a hundred subjects to train on, the VQ-VAE overfits without augmentation. Rotation and scaling
-    interpolate, so half of the images keep their sharpness. Images are not shifted, because the slices of OASIS are
-    registered and codes would be spent on the position of the brain.
-
-    Args:
-        count: Number of images.
-        seed, step: They determine the parameters.
-
-    Returns:
-        (count,) float32 for each parameter:
-
-        - flip: 1, or −1 to exchange left and right.
-        - angle: Rotation in radians, at most 5° in either direction.
-        - scale_x, scale_y: Factors by which distances in the image are shrunk, from 0.95 to 1.05.
-        - gain: Factor of the intensity, from 0.9 to 1.1.
-    """
-    key = tf.stack([seeds.number(seed or 0, "augmentation"), tf.cast(step, tf.int32)])
-    side, warp, angle, scale_x, scale_y, gain = tf.unstack(tf.random.stateless_uniform((6, count), key, -1, 1))
-    warp = tf.where(warp < 0, 0.0, 1.0)
-    return {
-        "flip": tf.where(side < 0, -1.0, 1.0),
-        "angle": warp * angle * (5 * np.pi / 180),
-        "scale_x": 1 + warp * scale_x * 0.05,
-        "scale_y": 1 + warp * scale_y * 0.05,
-        "gain": 1 + 0.1 * gain,
-    }
-
-
-def augment(images: tf.Tensor, parameters: dict[str, tf.Tensor]) -> tf.Tensor:
-    """Flip, rotate and scale images about their centre, and change their intensity.
-
-    Args:
-        images: (B, H, W, 1) float32 in [0, 1], square.
-        parameters: (B,) float32 for each parameter of `draw_augmentation`.
-
-    Returns:
-        (B, H, W, 1) float32 in [0, 1], interpolated bilinearly. Pixels from outside the image are black.
-    """
-    size, flip, angle = images.shape[1], parameters["flip"], parameters["angle"]
-    # The output pixel (x, y) is the input at (a0 x + a1 y + a2, b0 x + b1 y + b2), which keeps the centre in place.
-    a0, a1 = flip * tf.cos(angle) * parameters["scale_x"], -tf.sin(angle) * parameters["scale_y"]
-    b0, b1 = flip * tf.sin(angle) * parameters["scale_x"], tf.cos(angle) * parameters["scale_y"]
-    centre = (size - 1) / 2
-    a2, b2 = centre * (1 - a0 - a1), centre * (1 - b0 - b1)
-    zeros = tf.zeros_like(a0)
-    warped = tf.raw_ops.ImageProjectiveTransformV3(
-        images=images,
-        transforms=tf.stack([a0, a1, a2, b0, b1, b2, zeros, zeros], axis=1),
-        output_shape=[size, size],
-        interpolation="BILINEAR",
-        fill_mode="CONSTANT",
-        fill_value=0.0,
-    )
-    return tf.ensure_shape(tf.clip_by_value(warped * parameters["gain"][:, None, None, None], 0, 1), images.shape)
 
 
 def code_batches(

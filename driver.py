@@ -78,7 +78,7 @@ console.import_tensorflow()
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -88,6 +88,7 @@ import dataset
 import devices
 import metrics
 import model
+import networks
 import options
 import plots
 import report
@@ -120,12 +121,14 @@ def main(config: Config) -> dict[str, Any]:
         slices = load_slices(config)
         fingerprint, positions = dataset.fingerprint(slices), np.unique(slices["train"].positions)
         options.check_same_in_all_processes(config, fingerprint)
-        found = training.initial_networks(config.start_from, makers(config), run) if run else {}
+        found = training.initial_networks(config.start_from, networks.makers(config), run) if run else {}
         with run.start(fingerprint, found, slice_positions=positions.tolist()) if run else contextlib.nullcontext():
             if devices.broadcast_from_main(run is not None and run.is_complete()):
                 print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
                 return summarize(config, run) if run else {}
-            generator, critic, codes = train_generators(config, run, slices)
+            encoder, codes = train_vqvae(config, run, slices)
+            generator = train_priors(config, run, prior_stages(config, slices, codes), encoder)
+            critic = train_priors(config, run, prior_stages(config, slices, codes, critic=True), encoder)
             devices.shutdown()
             if not run:
                 return {}
@@ -146,21 +149,17 @@ def load_slices(config: Config) -> Slices:
     return slices
 
 
-def train_generators(config: Config, run: Run | None, slices: Slices) -> tuple[Generator, Generator, Codes]:
-    """Train all stages. Returns the networks, the VQ-VAE with the critics, and the code indices of the slices."""
-    settings: Any = {"seed": config.seed, "precision": config.precision, "num_devices": config.devices}
-    settings["start_from"] = config.start_from
-    vqvae = training.train(vqvae_stage(config, slices), run, **settings)
-    positions = np.unique(slices["train"].positions)
-    encoder = Generator(vqvae, [], positions, config.batch_size)
-    codes = {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
+def train_vqvae(config: Config, run: Run | None, slices: Slices) -> tuple[Generator, Codes]:
+    """Train the VQ-VAE. Returns it without priors, and the code indices of the slices."""
+    vqvae = training.train(vqvae_stage(config, slices), run, **options.training_settings(config))
+    encoder = Generator(vqvae, [], np.unique(slices["train"].positions), config.batch_size)
+    return encoder, {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
 
-    def train_priors(critics: bool) -> Generator:
-        stages = [prior_stage(config, slices, codes, level, critics) for level in range(len(config.grids))]
-        priors = [training.train(stage, run, **settings) for stage in stages]
-        return Generator(vqvae, priors, positions, config.batch_size)
 
-    return train_priors(critics=False), train_priors(critics=True), codes
+def train_priors(config: Config, run: Run | None, stages: list[Stage], encoder: Generator) -> Generator:
+    """Train one prior per level. Returns them together with the VQ-VAE."""
+    priors = [training.train(stage, run, **options.training_settings(config)) for stage in stages]
+    return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size)
 
 
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def summarize(config: Config, run: Run) -> dict[str, Any]:
     """Print the main findings and where the results are. Returns the metrics."""
     remove(run.folder / "checkpoint")
     numbers, history = run.read_metrics(), run.read_history()
-    kind = data_note(config) or "real slices"
+    kind = options.data_note(config) or "real slices"
     print(f"\n{kind}; measured on {numbers['test_slices']} test slices of {numbers['test_subjects']} subjects")
     for finding in report.findings(options.to_json(config), numbers):
         print(f"  {finding.title}: {finding.summary}")
@@ -213,7 +212,7 @@ def vqvae_stage(config: Config, slices: Slices) -> Stage:
     variance = dataset.pixel_variance(train)
     return Stage(
         name="vqvae",
-        make=lambda: make_vqvae(config, variance),
+        make=lambda: networks.make_vqvae(config, variance),
         batches=lambda epoch: dataset.image_batches(
             train, config.batch_size, config.seed, epoch, config.augment, shard
         ),
@@ -225,6 +224,11 @@ def vqvae_stage(config: Config, slices: Slices) -> Stage:
         shown=("reconstruction", "ssim"),
         learning_rate_option="vqvae_learning_rate",
     )
+
+
+def prior_stages(config: Config, slices: Slices, codes: Codes, critic: bool = False) -> list[Stage]:
+    """How the priors, or the critics, are trained on code indices, the coarsest level first."""
+    return [prior_stage(config, slices, codes, level, critic) for level in range(len(config.grids))]
 
 
 def prior_stage(config: Config, slices: Slices, codes: Codes, level: int, critic: bool = False) -> Stage:
@@ -239,7 +243,7 @@ def prior_stage(config: Config, slices: Slices, codes: Codes, level: int, critic
 
     return Stage(
         name=names[level],
-        make=lambda: make_critic(config, level) if critic else make_prior(config, level),
+        make=lambda: networks.make_critic(config, level) if critic else networks.make_prior(config, level),
         batches=lambda epoch: batches("train", config.seed, epoch),
         validation=batches("validate"),
         steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
@@ -252,60 +256,6 @@ def prior_stage(config: Config, slices: Slices, codes: Codes, level: int, critic
     )
 
 
-def makers(config: Config) -> dict[str, Callable[[], keras.Model]]:
-    """Functions that make the untrained networks of a run, by name, in the order of training."""
-    num_levels = len(config.grids)
-    found: dict[str, Callable[[], keras.Model]] = {"vqvae": lambda: make_vqvae(config, data_variance=1.0)}
-    for make, names in ((make_prior, model.prior_names(num_levels)), (make_critic, model.critic_names(num_levels))):
-        found |= {name: lambda make=make, level=level: make(config, level) for level, name in enumerate(names)}
-    return found
-
-
-def make_vqvae(config: Config, data_variance: float) -> model.VQVAE:
-    """The untrained VQ-VAE for slices with this variance over all pixels."""
-    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the VQ-VAE"))
-    return model.VQVAE(
-        image_size=config.image_size,
-        grids=config.grids,
-        channels=config.channels,
-        residual_blocks=config.residual_blocks,
-        num_embeddings=config.num_embeddings,
-        embedding_dim=config.embedding_dim,
-        commitment_weight=config.commitment_weight,
-        codebook=config.codebook,
-        ema_decay=config.ema_decay,
-        dead_code_threshold=config.dead_code_threshold,
-        mse_weight=config.mse_weight,
-        l1_weight=config.l1_weight,
-        ssim_weight=config.ssim_weight,
-        data_variance=data_variance,
-        bottom_dropout=config.bottom_dropout,
-        seed=config.seed,
-    )
-
-
-def make_critic(config: Config, level: int = 0) -> model.PixelCNN:
-    """The untrained critic of a level: a gated prior with half of the prior's channels, and weights of its own."""
-    filters = {name: max(getattr(config, name) // 2, 8) for name in ("prior_filters", "bottom_prior_filters")}
-    return make_prior(replace(config, prior="gated", **filters), level, "weights of the critic")
-
-
-def make_prior(config: Config, level: int = 0, purpose: str = "weights of the prior") -> model.PixelCNN:
-    """The untrained prior of a level; level 0 is the coarsest. `purpose` names the stream of its initial weights."""
-    keras.utils.set_random_seed(seeds.number(config.seed, purpose, level))
-    return model.PixelCNN(
-        num_embeddings=config.num_embeddings,
-        grid_size=(config.grids[level],) * 2,
-        filters=config.bottom_prior_filters if level else config.prior_filters,
-        num_blocks=config.prior_blocks,
-        kernel_size=config.prior_kernel_size,
-        dropout=config.prior_dropout,
-        gated=config.prior == "gated",
-        use_position=config.prior_uses_position,
-        coarse_grid_size=(config.grids[level - 1],) * 2 if level else None,
-    )
-
-
 # ------------------------------------------------------------------------------------------------- samples
 
 
@@ -314,14 +264,14 @@ def make_results(
 ) -> tuple[Results, list[str]]:
     """Draw all samples. Returns what the run has made so far, and what determines it, for `Run.make`."""
     compared = {
-        split: dataset.choose_subjects(split_slices, config.measured_slices, config.seed)
+        split: comparison.choose_subjects(split_slices, config.measured_slices, config.seed)
         for split, split_slices in slices.items()
     }
-    made_from = ["slices", "sampling", *(f"{name}.keras" for name in makers(config))]
+    made_from = ["slices", "sampling", *(f"{name}.keras" for name in networks.makers(config))]
     positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
     positions["codes"] = sample_positions(config, slices)
     samples = {
-        name: make_samples(run, name, generator, wanted, sampling_arguments(config), made_from)
+        name: make_samples(run, name, generator, wanted, options.sampling_arguments(config), made_from)
         for name, wanted in positions.items()
     }
     results = Results(
@@ -333,10 +283,10 @@ def make_results(
         samples=samples["codes"],
         compared=compared,
         compared_samples={split: samples[f"{split}_codes"] for split in compared},
-        sampling=sampling_arguments(config),
+        sampling=options.sampling_arguments(config),
         history=run.history,
         numbers={},
-        note=data_note(config),
+        note=options.data_note(config),
     )
     return results, made_from + [file for name in positions for file in code_files(name, len(config.grids))]
 
@@ -349,11 +299,6 @@ def sample_positions(config: Config, slices: Slices) -> np.ndarray:
     return random.choice(slices["train"].positions, config.num_samples).astype(np.int32)
 
 
-def sampling_arguments(config: Config) -> dict[str, Any]:
-    """Keyword arguments of `Generator.sample`, other than the positions."""
-    return {name: getattr(config, name) for name in ("seed", "temperature", "top_k", "top_p")}
-
-
 # ------------------------------------------------------------------------------------------ the run folder
 
 
@@ -362,11 +307,6 @@ def open_run(config: Config) -> Run:
     made_with = versions(backend=keras.backend.backend(), devices=str(devices.total_devices(config.devices)))
     constants = options.to_json(config)
     return Run(options.run_folder(config), constants, made_with, options.SAMPLING_FIELDS, options.PATH_FIELDS)
-
-
-def data_note(config: Config) -> str:
-    """What every picture says about the slices if they are not real."""
-    return "" if config.data_dir else "SYNTHETIC slices, not real brains"
 
 
 def command_line() -> int:

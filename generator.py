@@ -192,7 +192,8 @@ class Generator:
             variance = keras.ops.sum(probabilities * keras.ops.square(log_probabilities), axis=-1) - expected**2
             return [keras.ops.sum(nats - expected, axis=(1, 2)), keras.ops.sum(variance, axis=(1, 2))]
 
-        excess, variance = np.sum(self._from_logits(moments, codes, positions), axis=0, dtype=np.float64)
+        by_level = self._from_logits(moments, codes, positions)
+        excess, variance = (sum(level[i].astype(np.float64) for level in by_level) for i in (0, 1))
         return excess / np.sqrt(np.maximum(variance, 1e-12))
 
     def _from_logits(

@@ -195,6 +195,22 @@ def run_folder(config: Any) -> Path:
     return Path("runs") / f"{config.name}{suffix}"
 
 
+def training_settings(config: Any) -> dict[str, Any]:
+    """Keyword arguments of `training.train` that all stages share."""
+    names = {"seed": "seed", "precision": "precision", "num_devices": "devices", "start_from": "start_from"}
+    return {argument: getattr(config, name) for argument, name in names.items()}
+
+
+def sampling_arguments(config: Any) -> dict[str, Any]:
+    """Keyword arguments of `Generator.sample` other than the positions."""
+    return {name: getattr(config, name) for name in ("seed", "temperature", "top_k", "top_p")}
+
+
+def data_note(config: Any) -> str:
+    """What every picture says about the slices if they are not real."""
+    return "" if config.data_dir else "SYNTHETIC slices, not real brains"
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """The configuration as it is saved in config.json: everything that determines the results of a run."""
     constants = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUNTIME_FIELDS}
@@ -234,7 +250,7 @@ def check(config: Any) -> None:
         "vqvae_epochs",
     )
     positive += ("prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
-    positive += ("num_samples", "devices", "num_processes")
+    positive += ("num_samples", "measured_slices", "devices", "num_processes")
     for name in positive:
         require(name, lambda v: v >= 1, "at least 1")
     for name in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):

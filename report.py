@@ -285,7 +285,7 @@ def _quality(numbers: dict[str, Any]) -> Finding:
             f"subjects in {_percent(samples['critic_auc'])} of all pairs ({_percent(0.5)} is best; halves of two "
             f"subjects reach {_percent(numbers['controls']['halves']['critic_auc'])}).",
         )
-    if samples["precision"] is not None:
+    if samples["precision"] is not None and others["precision"] is not None:
         finding.add_if_reliable(
             numbers,
             "precision",
@@ -294,7 +294,7 @@ def _quality(numbers: dict[str, Any]) -> Finding:
             f"Samples have precision {samples['precision']:.2f}; real slices of other subjects have "
             f"{others['precision']:.2f} ± {others['precision_spread']:.2f}.",
         )
-    if samples["mmd2"] is not None:
+    if samples["mmd2"] is not None and others["mmd2"] is not None:
         finding.add(
             samples["mmd2"] <= others["mmd2"] + 2 * samples["mmd2_error"],
             f"The squared maximum mean discrepancy (MMD) from real slices is {_mmd2(samples)}; for real slices of "
@@ -318,7 +318,7 @@ def _variety(numbers: dict[str, Any]) -> Finding:
         )
     others = references["other_subjects"]
     for name in ("coverage", "recall"):
-        if samples[name] is not None:
+        if samples[name] is not None and others[name] is not None:
             finding.add_if_reliable(
                 numbers,
                 name,
@@ -356,8 +356,10 @@ def _mmd2(numbers: dict[str, Any]) -> str:
     return f"{numbers['mmd2']:.3f} ± {numbers['mmd2_error']:.3f}"
 
 
-def _percent(fraction: float, digits: int = 0) -> str:
-    return f"{100 * fraction:.{digits}f}\u00a0%"  # A no-break space keeps number and sign on one line.
+def _percent(fraction: float | None, digits: int = 0) -> str:
+    """Format a fraction in percent; None becomes a dash."""
+    # A no-break space keeps number and sign on one line.
+    return "–" if fraction is None else f"{100 * fraction:.{digits}f}\u00a0%"
 
 
 def _number(value: float | dict[str, Any] | None, digits: int = 3) -> str:

@@ -151,7 +151,7 @@ def whitening(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     The features of a random network are correlated. Without whitening, brain size alone would decide all distances.
     """
     centre = reference.mean(axis=0)
-    variances, directions = np.linalg.eigh(np.cov(reference - centre, rowvar=False))
+    variances, directions = np.linalg.eigh(np.cov(reference - centre, rowvar=False, bias=True))
     scaled = directions / np.sqrt(np.maximum(variances, 1e-6 * variances.max() + 1e-12))
     return lambda features: ((features - centre) @ scaled).astype(np.float32)
 
@@ -228,7 +228,7 @@ def mmd2(real: np.ndarray, fake: np.ndarray, real_subjects: np.ndarray, fake_sub
         Both are NaN with fewer than three subjects.
     """
     names = np.unique(real_subjects)
-    if len(names) < 3:
+    if min(len(names), len(np.unique(fake_subjects))) < 3:
         return {"mmd2": math.nan, "mmd2_error": math.nan}
 
     def kernel(x: np.ndarray, y: np.ndarray, x_subjects: np.ndarray, y_subjects: np.ndarray) -> np.ma.MaskedArray:
@@ -261,7 +261,7 @@ def classifier_two_sample_test(
     first: dict[str, Inputs],
     second: dict[str, Inputs],
     subjects: tuple[np.ndarray, np.ndarray],
-    make: Callable[[], keras.Model],
+    classifier: keras.Model,
 ) -> dict[str, Any]:
     """Measure how well a classifier distinguishes two sets (Lopez-Paz & Oquab 2017).
 
@@ -271,7 +271,8 @@ def classifier_two_sample_test(
     Args:
         first, second: What the classifier reads, for "train", "validate" and "test".
         subjects: Subjects of the test items of both sets, (N,) each.
-        make: Makes the compiled classifier; see `image_classifier` and `code_classifier`.
+        classifier: An untrained classifier, see `image_classifier` and `code_classifier`. It is left untrained, so that
+            it can be used again without compiling another one.
 
     Returns:
         accuracy: Fraction of the test items that are classified correctly, averaged over the two sets; NaN if a set is
@@ -279,28 +280,26 @@ def classifier_two_sample_test(
         accuracy_interval: Its 95 % interval over subjects.
         accuracy_pooled, accuracy_global: Accuracy of each head in its best epoch.
     """
-    if not all(part in sets and len(sets[part][0]) for sets in (first, second) for part in naming.SPLITS):
+    if not all(sets.get(part) and len(sets[part][0]) for sets in (first, second) for part in naming.SPLITS):
         undefined = dict.fromkeys(("accuracy", *(f"accuracy_{head}" for head in HEADS)), math.nan)
         return {**undefined, "accuracy_interval": [None, None]}
-    inputs = [np.concatenate(pair) for pair in zip(first["train"], second["train"], strict=True)]
-    labels = np.repeat(np.array([0, 1], np.float32), [len(first["train"][0]), len(second["train"][0])])
-    classifier, steps = make(), -(-len(labels) // CLASSIFIER_BATCH_SIZE)
-
-    def classify(split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For each head, which items of both sets are classified correctly, (N,) bool each."""
-        logits = [classifier.predict(sets[split], batch_size=128, verbose=0) for sets in (first, second)]
-        return {head: (logits[0][head][:, 0] <= 0, logits[1][head][:, 0] > 0) for head in HEADS}
-
-    best, correct = dict.fromkeys(HEADS, -1.0), {}
+    inputs, labels = _concatenate([first["train"], second["train"]])
+    judged = [sets[split] for split in ("validate", "test") for sets in (first, second)]
+    judged_inputs, group = _concatenate(judged)
+    untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
+    best = dict.fromkeys(HEADS, -1.0)
+    correct: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    steps = -(-len(labels) // CLASSIFIER_BATCH_SIZE)
     for _ in range(min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS)):
-        targets = dict.fromkeys(HEADS, labels)
+        targets = dict.fromkeys(HEADS, labels.astype(np.float32))
         classifier.fit(inputs, targets, batch_size=CLASSIFIER_BATCH_SIZE, verbose=0)
-        accuracy = {head: _mean_accuracy(found) for head, found in classify("validate").items()}
-        improved = [head for head in HEADS if accuracy[head] > best[head]]
-        if improved:
-            test = classify("test")
-            best |= {head: accuracy[head] for head in improved}
-            correct |= {head: test[head] for head in improved}
+        for head, logits in classifier.predict(judged_inputs, batch_size=128, verbose=0).items():
+            right = (logits[:, 0] > 0) == (group % 2 == 1)
+            accuracy = _mean_accuracy((right[group == 0], right[group == 1]))
+            if accuracy > best[head]:
+                best[head], correct[head] = accuracy, (right[group == 2], right[group == 3])
+    for variable, value in zip(_state(classifier), untrained, strict=True):
+        variable.assign(value)
     chosen = correct[max(HEADS, key=lambda head: best[head])]
     halves = [(0.5 * part, names) for part, names in zip(chosen, subjects, strict=True)]
     return {
@@ -308,6 +307,12 @@ def classifier_two_sample_test(
         "accuracy_interval": _clip(_interval_of_sum(halves)),
         **{f"accuracy_{head}": _mean_accuracy(correct[head]) for head in HEADS},
     }
+
+
+def _concatenate(sets: Sequence[Inputs]) -> tuple[Inputs, np.ndarray]:
+    """Concatenate sets. Also returns the index of the set that each item comes from, (N,)."""
+    inputs = [np.concatenate(arrays) for arrays in zip(*sets, strict=True)]
+    return inputs, np.repeat(np.arange(len(sets)), [len(arrays[0]) for arrays in sets])
 
 
 def _mean_accuracy(correct: tuple[np.ndarray, np.ndarray]) -> float:
@@ -367,7 +372,13 @@ def _classifier(inputs: list[Any], features: Any, seed: int, keep_resolution: bo
     network = keras.Model(inputs, outputs)
     losses = {head: keras.losses.BinaryCrossentropy(from_logits=True) for head in HEADS}
     network.compile(keras.optimizers.Adam(1e-3), losses)
+    network.optimizer.build(network.trainable_variables)
     return network
+
+
+def _state(network: keras.Model) -> list[keras.Variable]:
+    """Return every variable of a compiled model and of its optimizer."""
+    return [*network.variables, *network.optimizer.variables]
 
 
 # -------------------------------------------------------------------------------------- nearest neighbours

@@ -72,13 +72,16 @@ def train_and_measure(
     run = driver.open_run(config)
     positions = np.unique(slices["train"].positions).tolist()
     with run.start(dataset.fingerprint(slices), slice_positions=positions):
-        generator, codes = driver.train_generator(config, run, slices)
-    test = slices["test"]
+        encoder, codes = driver.train_vqvae(config, run, slices)
+        generator = driver.train_priors(config, run, driver.prior_stages(config, slices, codes), encoder)
+    test, (grids,) = slices["test"], codes["test"]
     by_slice = metrics.metrics_by_slice(test.images, generator.decode(codes["test"]))
+    (nats,) = generator.nats_per_code(codes["test"], test.positions)
     return {
         "grid": grid,
         "num_embeddings": num_embeddings,
-        **metrics.code_and_prior_metrics(generator, codes["test"], test.positions),
+        **metrics.code_metrics(grids, num_embeddings),
+        **metrics.prior_metrics(float(nats.mean()), grids[0].size),
         **{name: float(np.nanmean(by_slice[name])) for name in metrics.RECONSTRUCTION_METRICS},
     }
 

@@ -23,12 +23,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import comparison
 import dataset
 import devices
 import driver
-import metrics
+import networks
 import sampling
 from benchmarks import common
+from generator import Generator, Results, Samples
 from options import check, check_devices
 from training import make_optimizer
 
@@ -118,11 +120,11 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
     variance = dataset.pixel_variance(slices)
     stages: dict[str, tuple[Callable[[], keras.Model], tf.data.Dataset]] = {
         "vqvae": (
-            lambda: driver.make_vqvae(config, variance),
+            lambda: networks.make_vqvae(config, variance),
             dataset.image_batches(slices, config.batch_size, config.seed, augmented=config.augment),
         ),
         "prior": (
-            lambda: driver.make_prior(config),
+            lambda: networks.make_prior(config),
             dataset.code_batches({"codes": codes, "positions": slices.positions}, config.batch_size, config.seed),
         ),
     }
@@ -137,7 +139,7 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
             exchange = exchange_seconds(network, config.devices) if config.devices > 1 else 0.0
         row[f"{stage}_images_per_s"] = config.batch_size / step
         row[f"{stage}_exchange"] = exchange / step
-    prior, positions = driver.make_prior(config), np.zeros(SAMPLES, np.int32)
+    prior, positions = networks.make_prior(config), np.zeros(SAMPLES, np.int32)
     sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, {"positions": p}))
     uniforms = np.random.default_rng(2).random((SAMPLES, grid**2), np.float32)
     seconds = common.time_runs(lambda: keras.ops.convert_to_numpy(sample(uniforms, positions)), 1)[0]
@@ -145,13 +147,35 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def measure_comparison(test: int, train: int) -> dict[str, float]:
-    """Measure the seconds of `metrics.sample_metrics`, and the peak memory, for these numbers of slices."""
-    test_slices = random_slices(test, 96, num_positions=24, name="test")
-    training_slices = random_slices(train, 96, num_positions=24, name="train")
-    random = np.random.default_rng(0)
-    samples, reconstructions = (random.random((test, 96, 96, 1), np.float32) for _ in range(2))
+    """Measure the seconds of `comparison.compare`, and the peak memory, for these numbers of slices."""
+    config = driver.Config()
+    counts = {"train": train, "validate": test, "test": test}
+    slices = {split: random_slices(count, 96, num_positions=24, name=split) for split, count in counts.items()}
+    vqvae, prior, random = networks.make_vqvae(config, 1.0), networks.make_prior(config), np.random.default_rng(0)
+    generator = Generator(vqvae, [prior], np.arange(24))
+    shape = (config.grids[0],) * 2
+    codes = {
+        split: [random.integers(0, config.num_embeddings, (count, *shape), np.int32)] for split, count in counts.items()
+    }
+    samples = {
+        split: Samples(random.random((count, 96, 96, 1), np.float32), codes[split], slices[split].positions)
+        for split, count in counts.items()
+    }
+    results = Results(
+        generator=generator,
+        critic=generator,
+        slices=slices,
+        codes=codes,
+        reconstructions={},
+        samples=samples["test"],
+        compared={split: np.arange(count) for split, count in counts.items()},
+        compared_samples=samples,
+        sampling={},
+        history=[],
+        numbers={},
+    )
     start = time.perf_counter()
-    metrics.sample_metrics(samples, reconstructions, test_slices, training_slices, seed=0)
+    comparison.compare(results, seed=0)
     return {"seconds": time.perf_counter() - start, "peak_mb": common.peak_memory() / 1e6}
 
 

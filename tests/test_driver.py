@@ -20,6 +20,7 @@ from PIL import Image
 import console
 import dataset
 import driver
+import networks
 import options
 import phantom
 import plots
@@ -188,7 +189,7 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     config = dataclasses.replace(finished, run_dir=tmp_path / "run")
     shutil.copytree(finished.run_dir, config.run_dir)
     (config.run_dir / "vqvae.keras").unlink()
-    make_vqvae = driver.make_vqvae
+    make_vqvae = networks.make_vqvae
     monkeypatch.setattr(
         driver, "make_vqvae", lambda config, variance: make_vqvae(dataclasses.replace(config, seed=1), variance)
     )
@@ -288,7 +289,7 @@ def test_a_folder_with_other_files_is_not_written_to(finished, tmp_path):
 
 def test_another_seed_gives_other_weights_and_samples(finished):
     other = dataclasses.replace(finished, seed=1)
-    one, two = (driver.make_vqvae(config, 0.1).get_weights() for config in (finished, other))
+    one, two = (networks.make_vqvae(config, 0.1).get_weights() for config in (finished, other))
     assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     generator = Generator.load(finished.run_dir)
     codes = [generator.sample_codes(range(4), **driver.sampling_arguments(config))[0] for config in (finished, other)]
@@ -296,7 +297,7 @@ def test_another_seed_gives_other_weights_and_samples(finished):
 
 
 def test_saved_models_do_not_depend_on_what_was_made_before(finished, tmp_path):
-    for make in (lambda: driver.make_vqvae(finished, 0.1), lambda: driver.make_prior(finished)):
+    for make in (lambda: networks.make_vqvae(finished, 0.1), lambda: networks.make_prior(finished)):
         for name in ("one", "two"):
             training.save_model(make(), tmp_path / f"{name}.keras")
         assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()

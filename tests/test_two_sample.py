@@ -1,9 +1,12 @@
 """Statistics by subject and comparisons of two sets, on inputs for which the answer is known."""
 
 import math
+from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
+from scipy import stats
 
 import phantom
 import two_sample
@@ -15,17 +18,102 @@ def gaussians(count: int, dimension: int, shift: float = 0.0, seed: int = 0) -> 
     return np.random.default_rng(seed).normal(shift, 1, (count, dimension)).astype(np.float32)
 
 
-def test_interval_resamples_subjects_not_slices():
-    subjects, slices = 40, 25
-    level = RNG.normal(0, 1, subjects)
-    values = np.repeat(level, slices)  # All slices of a subject are equal: 1,000 slices, but 40 observations.
-    lower, upper = two_sample.interval_over_subjects(values, np.repeat(np.arange(subjects), slices), seed=0)
-    error = level.std() / math.sqrt(subjects)
-    assert (upper - lower) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
-    assert lower < level.mean() < upper
-    by_slice = two_sample.interval_over_subjects(values, np.arange(subjects * slices), seed=0)
-    assert by_slice[1] - by_slice[0] < (upper - lower) / 3
-    assert two_sample.interval_over_subjects(values[:slices], np.zeros(slices), seed=0) == [None, None]
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+def simulated(subjects: int, slices: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A data set with a true mean of 0: half of the variance is between subjects. Returns values and subjects."""
+    random = np.random.default_rng(seed)
+    values = random.normal(size=(subjects, 1)) + random.normal(size=(subjects, slices))
+    return values.ravel(), np.repeat(np.arange(subjects), slices)
+
+
+@pytest.mark.parametrize("subjects", [6, 15])
+def test_interval_contains_the_true_mean_in_95_percent_of_all_data_sets(subjects):
+    intervals = np.array([two_sample.interval_over_subjects(*simulated(subjects, 8, seed)) for seed in range(2000)])
+    covered = np.mean((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0))
+    assert 0.94 <= covered <= 0.965  # A percentile bootstrap of 6 subjects reaches about 0.85.
+
+
+def test_interval_is_the_t_interval_of_the_means_of_subjects_with_equally_many_slices():
+    values, subjects = simulated(6, 8, 0)
+    means = values.reshape(6, 8).mean(axis=1)
+    expected = stats.t.interval(0.95, 5, means.mean(), stats.sem(means))
+    assert two_sample.interval_over_subjects(values, subjects) == pytest.approx(list(expected))
+    order = np.random.default_rng(0).permutation(len(values))  # The order of the slices does not matter.
+    assert two_sample.interval_over_subjects(values[order], subjects[order]) == pytest.approx(list(expected))
+
+
+def test_interval_with_unequal_numbers_of_slices_is_around_the_mean_over_slices():
+    random, covered = np.random.default_rng(0), []
+    subjects = np.repeat(np.arange(15), random.integers(2, 15, 15))
+    for _ in range(1000):
+        values = random.normal(size=15)[subjects] + random.normal(size=len(subjects))
+        lower, upper = two_sample.interval_over_subjects(values, subjects)
+        assert (lower + upper) / 2 == pytest.approx(values.mean())
+        covered.append(lower <= 0 <= upper)
+    assert 0.91 <= np.mean(covered) <= 0.97
+
+
+def test_interval_ignores_nan_and_needs_two_subjects():
+    values, subjects = simulated(6, 8, 0)
+    expected = two_sample.interval_over_subjects(values, subjects)
+    more = np.append(values, [math.nan, math.nan]), np.append(subjects, [0, 99])
+    assert two_sample.interval_over_subjects(*more) == expected
+    one_known = np.where(subjects == 0, values, math.nan)
+    for one in (values[:8], one_known, values[:0]):
+        assert two_sample.interval_over_subjects(one, subjects[: len(one)]) == [None, None]
+
+
+def test_paired_difference_is_that_of_the_same_slices():
+    first, subjects = simulated(15, 8, 0)
+    second = first + 0.1 + 0.01 * np.random.default_rng(1).normal(size=len(first))
+    difference, (lower, upper) = two_sample.paired_difference(first, second, subjects)
+    assert difference == pytest.approx(0.1, abs=0.01)
+    assert 0.09 < lower < difference < upper < 0.11  # Far narrower than the interval of either number.
+    assert two_sample.paired_difference(first, first, subjects) == (0, [0, 0])
+    assert two_sample.paired_difference(second, first, subjects)[0] == pytest.approx(-difference)
+
+
+# ---------------------------------------------------------------------------------- area under the curve
+
+
+def test_area_under_curve_is_the_fraction_of_pairs_in_order():
+    random = np.random.default_rng(0)
+    negatives, positives = random.integers(0, 10, 30).astype(float), random.integers(3, 12, 50).astype(float)  # ties
+    pairs = positives[None] - negatives[:, None]
+    expected = np.mean(pairs > 0) + np.mean(pairs == 0) / 2
+    auc, (lower, upper) = two_sample.area_under_curve(negatives, positives, np.arange(30), np.arange(50))
+    assert auc == pytest.approx(expected)
+    assert lower < auc < upper
+    assert two_sample.area_under_curve(positives, negatives, np.arange(50), np.arange(30))[0] == pytest.approx(1 - auc)
+
+
+def test_interval_of_the_area_contains_chance_for_equal_distributions_of_subjects():
+    covered, areas = [], []
+    for seed in range(600):
+        negatives, subjects = simulated(15, 8, 2 * seed)
+        positives = simulated(120, 1, 2 * seed + 1)[0]  # Samples are subjects of their own.
+        auc, (lower, upper) = two_sample.area_under_curve(negatives, positives, subjects, np.arange(120))
+        areas.append(auc)
+        covered.append(lower <= 0.5 <= upper)
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.01)
+    assert 0.92 <= np.mean(covered) <= 0.98  # About 0.7 if slices were treated as independent.
+
+
+def test_area_of_separable_and_empty_sets():
+    ones = np.ones(6)
+    subjects = np.arange(6)
+    assert two_sample.area_under_curve(0 * ones, ones, subjects, subjects) == (1, [1, 1])
+    assert two_sample.area_under_curve(ones, 0 * ones, subjects, subjects)[0] == 0
+    for negatives, positives in ((ones[:0], ones), (ones, ones[:0])):
+        names = subjects[: len(negatives)], subjects[: len(positives)]
+        auc, interval = two_sample.area_under_curve(negatives, positives, *names)
+        assert math.isnan(auc)
+        assert interval == [None, None]
+
+
+# ----------------------------------------------------------------------------------------------- features
 
 
 def test_random_features_are_fixed_and_differ_between_images():
@@ -115,19 +203,172 @@ def test_mmd2_does_not_mistake_subjects_for_a_difference():
     assert math.isnan(two_sample.mmd2(real, fake, subjects // 10, subjects)["mmd2"])
 
 
-def test_classifier_distinguishes_different_sets_but_not_equal_ones():
-    subjects = np.repeat(np.arange(20), 6)
-    first, second = RNG.integers(0, 256, (2, 120, 16, 16, 1)).astype(np.uint8)
-    equal = two_sample.classifier_two_sample_test(first, second, subjects, seed=0, epochs=5)
-    lower, upper = equal["accuracy_interval"]
-    assert lower < 0.55
-    assert upper > 0.45
-    smooth = (second.reshape(120, 8, 2, 8, 2).mean(axis=(2, 4)).repeat(2, 1).repeat(2, 2)[..., None]).astype(np.uint8)
-    different = two_sample.classifier_two_sample_test(first, smooth, subjects, seed=0, epochs=5)
-    assert different["accuracy"] > 0.95
-    assert different == two_sample.classifier_two_sample_test(first, smooth, subjects, seed=0, epochs=5)
-    undefined = two_sample.classifier_two_sample_test(first, second, np.zeros(120), seed=0)
-    assert math.isnan(undefined["accuracy"])
+# --------------------------------------------------------------------------------------------- classifiers
+
+COUNTS = {"train": 160, "validate": 64, "test": 80}  # Items per set.
+SUBJECTS = (np.repeat(np.arange(10), 8), np.repeat(np.arange(10, 20), 8))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> keras.Model:
+    """Shared by all tests, because a test leaves it untrained; compiling it takes longer than using it."""
+    return two_sample.image_classifier(16, seed=0)
+
+
+@pytest.fixture
+def few_epochs(monkeypatch):
+    monkeypatch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 4)
+
+
+def image_set(brightness: dict[str, float], seed: int) -> dict[str, list[np.ndarray]]:
+    """Noise around a brightness that depends on the split, or around 100."""
+    random = np.random.default_rng(seed)
+    return {
+        split: [random.normal(brightness.get(split, 100), 30, (count, 16, 16, 1)).clip(0, 255).astype(np.uint8)]
+        for split, count in COUNTS.items()
+    }
+
+
+def test_equal_distributions_are_at_chance_and_different_ones_are_found(classifier, few_epochs):
+    first, brighter = image_set({}, 0), image_set(dict.fromkeys(COUNTS, 180), 1)
+    numbers = two_sample.classifier_two_sample_test(first, brighter, SUBJECTS, classifier)
+    assert numbers["accuracy"] > 0.95
+    assert numbers["accuracy_interval"][0] > 0.9
+    assert numbers["accuracy"] in (numbers["accuracy_pooled"], numbers["accuracy_global"])
+    numbers = two_sample.classifier_two_sample_test(first, image_set({}, 2), SUBJECTS, classifier)
+    assert numbers["accuracy"] == pytest.approx(0.5, abs=0.13)
+    lower, upper = numbers["accuracy_interval"]
+    assert lower < numbers["accuracy"] < upper
+
+
+def test_classifier_is_trained_on_the_train_part_and_judged_on_the_test_part(classifier, few_epochs):
+    first, only_train = image_set({}, 0), image_set({"train": 180, "validate": 180}, 1)
+    numbers = two_sample.classifier_two_sample_test(first, only_train, SUBJECTS, classifier)
+    assert numbers["accuracy"] == pytest.approx(0.5, abs=0.13)
+    # If the test part contradicts what was learnt, the answers are wrong.
+    swapped = {**only_train, "test": first["test"]}
+    numbers = two_sample.classifier_two_sample_test(
+        {**first, "test": image_set({"test": 180}, 2)["test"]}, swapped, SUBJECTS, classifier
+    )
+    assert numbers["accuracy"] < 0.1
+
+
+def test_classifier_never_sees_test_items_in_training(classifier, monkeypatch):
+    monkeypatch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 1)
+    first, second = image_set({}, 0), image_set({}, 1)
+    seen, fit = [], classifier.fit
+
+    def spy(inputs, targets, **options):
+        seen.append((inputs, targets))
+        return fit(inputs, targets, **options)
+
+    monkeypatch.setattr(classifier, "fit", spy)
+    two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier)
+    ((inputs, targets),) = seen
+    assert np.array_equal(inputs[0], np.concatenate([first["train"][0], second["train"][0]]))
+    for head in two_sample.HEADS:
+        assert targets[head].tolist() == [0] * COUNTS["train"] + [1] * COUNTS["train"]
+
+
+class StubClassifier:
+    """Its items are (0 in "train", 1 in "validate" and 2 in "test"; number; set), and its accuracy is prescribed."""
+
+    ACCURACY = {  # by head, then by kind of item, then by epoch
+        "pooled": {1: (0.7, 0.6, 0.6), 2: (0.75, 0.9, 0.9)},
+        "global": {1: (0.6, 0.8, 0.7), 2: (0.6, 0.65, 1.0)},
+    }
+    variables: list = []
+    optimizer = SimpleNamespace(variables=[])
+    epoch = 0
+
+    def fit(self, *inputs, **options):
+        self.epoch += 1
+
+    def predict(self, inputs, **options):
+        logits = {}
+        for head, accuracy in self.ACCURACY.items():
+            right = [number < 20 * accuracy[kind][self.epoch - 1] for kind, number, _ in inputs[0]]
+            logits[head] = np.where(np.array(right) == inputs[0][:, 2], 1.0, -1.0)[:, None]
+        return logits
+
+
+def test_epoch_and_head_are_chosen_on_the_validate_part(monkeypatch):
+    monkeypatch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 3)
+    first, second = (
+        {split: [np.array([(kind, number, label) for number in range(20)])] for kind, split in enumerate(COUNTS)}
+        for label in (0, 1)
+    )
+    subjects = np.repeat(np.arange(5), 4)
+    numbers = two_sample.classifier_two_sample_test(first, second, (subjects, subjects), StubClassifier())
+    assert numbers["accuracy"] == numbers["accuracy_global"] == pytest.approx(0.65)  # second epoch
+    assert numbers["accuracy_pooled"] == pytest.approx(0.75)  # first epoch
+
+
+def test_classifier_is_left_untrained(classifier, few_epochs):
+    first, second = image_set({}, 0), image_set(dict.fromkeys(COUNTS, 105), 1)
+    before = [keras.ops.convert_to_numpy(variable) for variable in two_sample._state(classifier)]
+    numbers = two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier)
+    after = [keras.ops.convert_to_numpy(variable) for variable in two_sample._state(classifier)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier)
+    fresh = two_sample.image_classifier(16, seed=0)
+    assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, fresh)
+
+
+@pytest.mark.parametrize("missing", ["train", "validate", "test"])
+def test_sets_without_a_part_are_not_classified(missing):
+    whole, part = image_set({}, 0), image_set({}, 1)
+    for lacking in (
+        {split: inputs for split, inputs in part.items() if split != missing},
+        part | {missing: []},
+        part | {missing: [part[missing][0][:0]]},
+    ):
+        for sets in ((whole, lacking), (lacking, whole)):
+            numbers = two_sample.classifier_two_sample_test(*sets, SUBJECTS, None)
+            assert numbers.pop("accuracy_interval") == [None, None]
+            assert set(numbers) == {"accuracy", "accuracy_pooled", "accuracy_global"}
+            assert all(math.isnan(value) for value in numbers.values())
+
+
+def test_halves_of_two_symmetric_images_are_found():
+    """Only the comparison with the mirror image shows that the halves, each perfect on its own, do not match."""
+    random = np.random.default_rng(0)
+
+    def symmetric(count: int) -> np.ndarray:
+        left = random.integers(0, 256, (count, 4, 2)).repeat(4, 1).repeat(4, 2)
+        return np.concatenate([left, left[..., ::-1]], axis=2)[..., None].astype(np.uint8)
+
+    whole = {split: [symmetric(3 * count)] for split, count in COUNTS.items()}
+    halves = {
+        split: [np.concatenate([symmetric(3 * count)[:, :, :8], symmetric(3 * count)[:, :, 8:]], axis=2)]
+        for split, count in COUNTS.items()
+    }
+    subjects = np.arange(240)
+    network = two_sample.image_classifier(16, seed=0)
+    numbers = two_sample.classifier_two_sample_test(whole, halves, (subjects, subjects), network)
+    assert numbers["accuracy"] > 0.85
+
+
+def test_codes_of_two_levels_are_classified(few_epochs):
+    random = np.random.default_rng(0)
+    codebooks = [random.normal(size=(16, 4)), random.normal(size=(16, 4))]
+    network = two_sample.code_classifier(codebooks, (2, 4), seed=0)
+
+    def grids(top: int = 0, bottom: int = 0) -> dict[str, list[np.ndarray]]:
+        """Codes of two levels, each among four codes from a first one."""
+        return {
+            split: [start + random.integers(0, 4, (count, grid, grid)) for start, grid in ((top, 2), (bottom, 4))]
+            for split, count in COUNTS.items()
+        }
+
+    first = grids()
+    equal = two_sample.classifier_two_sample_test(first, grids(), SUBJECTS, network)
+    assert equal["accuracy"] == pytest.approx(0.5, abs=0.13)
+    for different in (grids(top=8), grids(bottom=8)):
+        assert two_sample.classifier_two_sample_test(first, different, SUBJECTS, network)["accuracy"] > 0.9
+
+
+# -------------------------------------------------------------------------------------- nearest neighbours
 
 
 def test_nearest_neighbours_exclude_slices_of_the_same_subject():
@@ -162,3 +403,29 @@ def test_near_duplicates_of_training_points_are_counted():
     assert numbers(some)["near_duplicate_rate_pixels"] == pytest.approx(0.25, abs=0.05)
     assert numbers(train[:200].copy())["near_duplicate_rate_pixels"] == 1
     assert numbers(train[:200].copy())["nn_distance_ratio_pixels"] < 0.01
+
+
+def test_neighbours_and_grids_of_no_other_subject_are_nan():
+    points, grids, names = gaussians(3, 4), RNG.integers(0, 9, (3, 4)), np.array(["a", "a", "b"])
+    own = np.array(["a", "a", "a"])
+    distances = two_sample.nearest_neighbours(points, points, names, own)[1]
+    assert np.isnan(distances).tolist() == [True, True, False]
+    assert np.isnan(two_sample.nearest_grids(grids, grids, names, own)).tolist() == [True, True, False]
+    some = {"codes": np.array([0.5, math.nan])}
+    for distances, reference in ((some, {"codes": np.ones(2)}), ({"codes": np.ones(2)}, some)):
+        numbers = two_sample.nearest_neighbour_metrics(distances, reference)
+        assert set(numbers) == {"nn_distance_ratio_codes", "near_duplicate_rate_codes"}
+        assert all(math.isnan(value) for value in numbers.values())
+
+
+def test_nearest_grids_have_the_smallest_fraction_of_different_codes():
+    random = np.random.default_rng(0)
+    grids, others = random.integers(0, 3, (7, 10)), random.integers(0, 3, (1100, 10))  # More than one block.
+    subjects, other_subjects = np.arange(7), np.arange(1100) % 20
+    expected = [
+        (grid != others[other_subjects != subject]).mean(axis=1).min()
+        for grid, subject in zip(grids, subjects, strict=True)
+    ]
+    assert two_sample.nearest_grids(grids, others, subjects, other_subjects) == pytest.approx(expected)
+    assert two_sample.nearest_grids(others[[5, 1050]], others, np.array([-1, -1]), other_subjects).tolist() == [0, 0]
+    assert two_sample.nearest_grids(others[[5]], others[[5]] + 1, np.array([-1]), np.array([0])).tolist() == [1]

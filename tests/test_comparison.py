@@ -1,0 +1,457 @@
+"""Samples, references and controls: what is compared with what, on tiny networks that were never trained."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+import comparison
+import metrics
+import phantom
+import two_sample
+from comparison import Comparison, Part
+from dataset import Slices
+from generator import Generator, Results, Samples
+from tests import test_generator
+
+SPLITS = ("train", "validate", "test")
+SETS = {"c2st_real", "c2st_reconstructions", "c2st_codes"}
+PRDC = {"precision", "recall", "density", "coverage"}
+SPACES = ("codes", "pixels", "features")
+MEASURED = {"critic_auc", "critic_auc_interval", *PRDC, "mmd2", "mmd2_error", "ms_ssim_of_pairs"}
+MEASURED |= {"power_low", "power_middle", "power_high", "code_hamming"}
+MEASURED |= {f"{name}_{space}" for name in ("nn_distance_ratio", "near_duplicate_rate") for space in SPACES}
+
+
+def some_slices(subjects: Sequence[int], positions: Sequence[int]) -> Slices:
+    """Slices (N, 32, 32, 1) of some phantom subjects."""
+    keys = [(subject, position) for subject in subjects for position in positions]
+    return Slices(
+        np.stack([phantom.slice_image(0, *key, image_size=32)[..., None] for key in keys]),
+        np.array([position for _, position in keys], np.int32),
+        np.array([f"case_{subject:02d}" for subject, _ in keys]),
+    )
+
+
+def make_results(
+    subjects: Sequence[int] = (8, 4, 6), positions: Sequence[int] = (5, 7, 9), grids: tuple[int, ...] = (4,)
+) -> Results:
+    """The results of untrained networks for this number of subjects in each split."""
+    ends = np.cumsum(subjects)
+    slices = {
+        split: some_slices(range(end - count, end), positions)
+        for split, end, count in zip(SPLITS, ends, subjects, strict=True)
+    }
+    keras.utils.set_random_seed(0)
+    first, second = test_generator.make(grids), test_generator.make(grids)
+    first.vqvae(slices["train"].images / np.float32(255), training=True)  # The first batch sets the codebook.
+    generator, critic = (Generator(first.vqvae, made.priors, positions) for made in (first, second))
+    for prior in critic.priors:
+        prior.set_weights([-weight for weight in prior.get_weights()])
+    codes = {split: generator.encode(some.images) for split, some in slices.items()}
+
+    ends = np.cumsum([len(some) for some in slices.values()])[:-1]
+    every = np.concatenate([some.positions for some in slices.values()])
+    sampled = [np.split(indices, ends) for indices in generator.sample_codes(every, seed=1)]  # One call is faster.
+    compared_samples = {
+        split: Samples(
+            generator.decode([indices[i] for indices in sampled]), [indices[i] for indices in sampled], some.positions
+        )
+        for i, (split, some) in enumerate(slices.items())
+    }
+    return Results(
+        generator=generator,
+        slices=slices,
+        codes=codes,
+        reconstructions={split: generator.decode(codes[split]) for split in ("validate", "test")},
+        critic=critic,
+        samples=compared_samples["test"],
+        compared={split: np.arange(len(some)) for split, some in slices.items()},
+        compared_samples=compared_samples,
+        sampling={"seed": 1},
+        history=[],
+        numbers={},
+    )
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return make_results()
+
+
+@pytest.fixture(scope="module")
+def made(results) -> Comparison:
+    return Comparison(results, seed=0)
+
+
+def compare(results: Results) -> tuple[dict, list]:
+    """The numbers, and the arguments of each classifier two-sample test, none of which is carried out."""
+    calls = []
+
+    def record(first, second, subjects, classifier):
+        calls.append(SimpleNamespace(first=first, second=second, subjects=subjects, classifier=classifier))
+        return {"accuracy": len(calls) / 100, "accuracy_interval": [0.0, 1.0]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two_sample, "classifier_two_sample_test", record)
+        return comparison.compare(results, seed=0), calls
+
+
+@pytest.fixture(scope="module")
+def compared(results) -> tuple[dict, list]:
+    return compare(results)
+
+
+def shown(images: np.ndarray) -> np.ndarray:
+    return comparison.to_display_uint8(images)
+
+
+# ------------------------------------------------------------------------------------------- comparisons
+
+
+def test_compare_returns_the_documented_numbers(compared):
+    numbers, _ = compared
+    assert set(numbers) == {"samples", "references", "controls", "failed_controls"}
+    assert set(numbers["samples"]) == MEASURED | SETS | {"count", "nearest_to_training"}
+    assert numbers["samples"]["count"] == 18
+    assert set(numbers["references"]) == {"reconstructions", "other_subjects", "real_ms_ssim_of_pairs"}
+    assert set(numbers["references"]["reconstructions"]) == MEASURED | {"c2st_real"}
+    others = PRDC | {"mmd2", "mmd2_error", "ms_ssim_of_pairs"}
+    assert set(numbers["references"]["other_subjects"]) == others | {f"{name}_spread" for name in others}
+    assert set(numbers["controls"]) == set(comparison.CONTROLS)
+    for name in comparison.CONTROLS:
+        assert set(numbers["controls"][name]) == MEASURED | {"c2st", "c2st_codes"}
+    assert numbers["failed_controls"].keys() <= MEASURED | {"c2st", "c2st_codes"}
+    assert json.loads(json.dumps(metrics.without_nan(numbers), allow_nan=False))
+
+
+def test_classifiers_compare_the_right_sets_split_by_split(results, compared):
+    _, tests = compared
+    against_real, against_decoded, of_codes, of_decoded = tests[:4]
+    decoded = {split: results.generator.decode(codes) for split, codes in results.codes.items()}
+    for split in SPLITS:
+        real, sampled = results.slices[split].images, results.compared_samples[split]
+        assert np.array_equal(against_real.first[split][0], shown(real))
+        assert np.array_equal(against_real.second[split][0], shown(sampled.images))
+        assert np.array_equal(against_decoded.first[split][0], shown(decoded[split]))
+        assert np.array_equal(against_decoded.second[split][0], shown(sampled.images))
+        assert np.array_equal(of_codes.first[split][0], results.codes[split][0])
+        assert np.array_equal(of_codes.second[split][0], sampled.codes[0])
+        assert np.array_equal(of_decoded.first[split][0], shown(real))
+        assert np.array_equal(of_decoded.second[split][0], shown(decoded[split]))
+    assert np.array_equal(against_real.subjects[0], results.slices["test"].subjects)
+    assert len(set(against_real.subjects[1])) == 18  # Each sample counts as a subject of its own.
+
+
+def test_no_classifier_is_trained_on_test_subjects(results, compared):
+    _, tests = compared
+    test_images = {image.tobytes() for image in shown(results.slices["test"].images)}
+    classified = [call for call in tests if "train" in call.second]
+    assert len(classified) == 14  # All but those of the decoded training codes, which have a test part only.
+    for call in classified:
+        for split in ("train", "validate"):
+            for inputs in (call.first[split], call.second[split]):
+                assert not test_images & {image.tobytes() for array in inputs for image in array}
+
+
+def test_only_the_chosen_slices_are_compared(results):
+    chosen = {split: np.flatnonzero(some.subjects != some.subjects[0]) for split, some in results.slices.items()}
+    made = Comparison(replace(results, compared=chosen), seed=0)
+    for split, some in results.slices.items():
+        assert np.array_equal(made.real[split].images, shown(some.images[chosen[split]]))
+        assert np.array_equal(made.real[split].subjects, some.subjects[chosen[split]])
+        assert np.array_equal(made.real[split].codes[0], results.codes[split][0][chosen[split]])
+    samples = made.samples()["test"]
+    for row in made.nearest_to_training(samples):
+        distances = np.sqrt(
+            np.mean((samples.images[row["index"]] / 255.0 - made.decoded["train"].images / 255.0) ** 2, axis=(1, 2, 3))
+        )
+        assert row["train_index"] == chosen["train"][np.argmin(distances)]
+        assert row["distance"] == pytest.approx(distances.min(), abs=1e-4)
+
+
+def test_samples_are_measured_against_the_test_split(results, made):
+    numbers = made.measure(made.samples()["test"])
+    test, samples, train = results.slices["test"], results.compared_samples["test"], results.slices["train"]
+    surprise = [results.critic.surprise(codes, test.positions) for codes in (results.codes["test"], samples.codes)]
+    pairs = surprise[1][None] - surprise[0][:, None]
+    assert numbers["critic_auc"] == pytest.approx(np.mean(pairs > 0) + np.mean(pairs == 0) / 2)
+    spectra = [metrics.power_spectrum(shown(images) / np.float32(255)) for images in (test.images, samples.images)]
+    for name, ratio in metrics.power_ratios(*spectra).items():
+        assert numbers[name] == pytest.approx(ratio)
+    codes = [indices.reshape(len(indices), -1) for indices in (samples.codes[0], results.codes["train"][0])]
+    hamming = np.min([(codes[0] != other).mean(axis=1) for other in codes[1]], axis=0)
+    assert numbers["code_hamming"] == pytest.approx(hamming.mean())
+    whiten = two_sample.whitening(two_sample.random_features(shown(train.images)))
+    features = [whiten(two_sample.random_features(shown(images))) for images in (test.images, samples.images)]
+    subjects = test.subjects, np.arange(18)
+    for name, value in (two_sample.prdc(*features, *subjects) | two_sample.mmd2(*features, *subjects)).items():
+        assert numbers[name] == pytest.approx(value, rel=1e-3), name
+    images = shown(samples.images) / np.float32(255)
+    same = (test.positions[made.pairs[:, 0]] == test.positions[made.pairs[:, 1]]).all()
+    assert same
+    expected = metrics.ms_ssim(images[made.pairs[:, 0]], images[made.pairs[:, 1]]).mean()
+    assert numbers["ms_ssim_of_pairs"] == pytest.approx(expected)
+
+
+def test_the_test_slices_themselves_are_indistinguishable_and_unseen(made):
+    numbers = made.measure(made.real["test"])
+    assert numbers["critic_auc"] == pytest.approx(0.5)
+    assert [numbers[f"power_{band}"] for band in ("low", "middle", "high")] == pytest.approx([1, 1, 1])
+    assert numbers["code_hamming"] > 0
+    for space in SPACES:
+        assert numbers[f"nn_distance_ratio_{space}"] == pytest.approx(1)
+        assert numbers[f"near_duplicate_rate_{space}"] <= 0.06
+
+
+def test_other_subjects_are_means_over_draws(made, monkeypatch):
+    numbers = made.measure_other_subjects()
+    assert numbers["mmd2_spread"] > 0
+    values, draws = iter([1.0, 2.0, 6.0]), []
+    monkeypatch.setattr(comparison, "NUM_DRAWS", 3)
+    monkeypatch.setattr(two_sample, "prdc", lambda *given: {"precision": next(values)})
+    monkeypatch.setattr(two_sample, "mmd2", lambda real, fake, *subjects: draws.append(subjects) or {})
+    numbers = made.measure_other_subjects()
+    assert (numbers["precision"], numbers["precision_spread"]) == (3.0, pytest.approx(math.sqrt(7)))
+    assert len({tuple(fake) for _, fake in draws}) == 3  # Other subjects each time, all from the training split.
+    for real, fake in draws:
+        assert set(real) == set(made.real["test"].subjects)
+        assert set(fake) <= set(made.real["train"].subjects)
+
+
+def test_two_levels_are_compared():
+    numbers, tests = compare(make_results((3, 2, 3), (5, 8), grids=(4, 8)))
+    assert 0 < numbers["samples"]["code_hamming"] <= 1
+    assert [inputs.shape for inputs in tests[2].first["test"]] == [(6, 4, 4), (6, 8, 8)]
+    assert numbers["controls"]["decoded_training_codes"]["code_hamming"] == 0
+
+
+# ----------------------------------------------------------------------------------------------- controls
+
+
+def labelled_part(positions_of: dict[str, Sequence[int]], levels: Sequence[int] = (4,)) -> Part:
+    """Slices whose codes are all equal to their index, so that each code shows which slice it comes from."""
+    subjects = np.array([name for name, positions in positions_of.items() for _ in positions])
+    positions = np.array([position for positions in positions_of.values() for position in positions])
+    index = np.arange(len(positions))
+    codes = [np.tile(index[:, None, None], (1, grid, grid)) for grid in levels]
+    return Part(np.zeros((len(index), 8, 8, 1), np.uint8), codes, positions, subjects)
+
+
+def test_each_block_is_of_another_subject_at_the_same_position():
+    part = labelled_part({name: [1, 2, 3] for name in "abcde"})
+    (codes,) = comparison.patch_codes(part, (2, 2), seed=0)
+    blocks = codes.reshape(15, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(15, 4, 4)
+    assert (blocks == blocks[..., :1]).all()  # One slice per block.
+    sources = blocks[..., 0]  # (15, 4)
+    assert np.array_equal(sources[:, 0], np.arange(15))  # The first block keeps the slice's own codes.
+    assert (part.positions[sources] == part.positions[:, None]).all()
+    assert all(len(set(part.subjects[row])) == 4 for row in sources)
+    assert len({tuple(part.subjects[row]) for row in sources}) > 5
+    assert np.array_equal(codes, comparison.patch_codes(part, (2, 2), seed=0)[0])
+    assert not np.array_equal(codes, comparison.patch_codes(part, (2, 2), seed=1)[0])
+
+
+def test_halves_are_left_and_right_and_come_from_the_nearest_position():
+    part = labelled_part({"a": [1, 5], "b": [2, 9]})
+    (codes,) = comparison.patch_codes(part, (1, 2), seed=0)
+    assert (codes[:, :, :2] == np.arange(4)[:, None, None]).all()
+    assert (codes[:, :, 2:] == np.array([2, 2, 0, 1])[:, None, None]).all()  # 5 is nearer to 2 than to 9.
+
+
+def test_both_levels_are_patched_alike():
+    part = labelled_part({name: [1, 2] for name in "abcdef"}, levels=(4, 8))
+    top, bottom = comparison.patch_codes(part, (4, 4), seed=0)
+    assert np.array_equal(bottom, top.repeat(2, 1).repeat(2, 2))
+    assert all(set(part.subjects[row.ravel()]) == set("abcdef") for row in top)  # Six subjects for 16 blocks.
+
+
+def test_grids_that_blocks_do_not_divide_are_patched_as_evenly_as_possible():
+    part = labelled_part({name: [1] for name in "abcdefghijklmnopq"}, levels=(6,))
+    (codes,) = comparison.patch_codes(part, (4, 4), seed=0)
+    assert all(len(np.unique(grid)) == 16 for grid in codes)
+
+
+def test_a_single_subject_keeps_its_codes():
+    part = labelled_part({"a": [1, 2]})
+    assert np.array_equal(comparison.patch_codes(part, (4, 4), seed=0)[0], part.codes[0])
+
+
+def test_blur_and_noise_change_the_high_frequencies():
+    images = shown(some_slices(range(3), (5, 7)).images) / np.float32(255)
+    spectrum = metrics.power_spectrum(images)
+    blurred, noisy = comparison.blur(images), comparison.add_noise(images, seed=0)
+    assert metrics.power_ratios(spectrum, metrics.power_spectrum(blurred))["power_high"] < 0.2
+    assert metrics.power_ratios(spectrum, metrics.power_spectrum(blurred))["power_low"] > 0.7
+    assert metrics.power_ratios(spectrum, metrics.power_spectrum(noisy))["power_high"] > 1.05
+    assert not noisy[images == 0].any()  # Noise in the background would be too easy to find.
+    inside = (images > 0.3) & (images < 0.7)
+    assert (noisy - images)[inside].std() == pytest.approx(comparison.NOISE_SIGMA, rel=0.1)
+    assert 0 <= noisy.min() <= noisy.max() <= 1
+
+
+def test_blur_does_not_mix_slices():
+    images = np.zeros((3, 8, 8, 1), np.float32)
+    images[1] = 1
+    blurred = comparison.blur(images)
+    assert not blurred[[0, 2]].any()
+    assert blurred[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", comparison.CONTROLS)
+def test_controls_differ_from_the_faultless_set_only_by_their_fault(made, name):
+    faultless, control = made.control(name)
+    assert faultless["test"].positions.tolist() == control["test"].positions.tolist()
+    is_decoded = name in ("halves", "blocks", "decoded_training_codes")
+    assert np.array_equal(faultless["test"].images, (made.decoded if is_decoded else made.real)["test"].images)
+    for part in control.values():
+        if is_decoded:
+            assert np.array_equal(part.images, made._decode(part.codes))
+    assert not np.array_equal(control["test"].images, faultless["test"].images)
+    if name in ("blur", "noise"):
+        assert np.array_equal(control["test"].codes[0], made.results.generator.encode(control["test"].images)[0])
+
+
+def test_the_real_control_separates_subjects(made):
+    first, second = made.control("real")
+    names = [[set(sets[split].subjects) for split in ("train", "validate")] for sets in (first, second)]
+    every = [name for sets in names for name in sets]
+    assert set.union(*every) == set(made.real["train"].subjects)
+    assert sum(len(subjects) for subjects in every) == len(set.union(*every))  # No subject is in two of the four.
+    assert min(len(subjects) for subjects in every) >= 1
+    assert set(first["test"].subjects) == set(made.real["test"].subjects)
+    assert set(second["test"].subjects) <= set(made.real["validate"].subjects)
+
+
+def test_decoded_training_codes_are_found_to_be_copies(made):
+    numbers = made.measure(made.control("decoded_training_codes")[1]["test"])
+    assert numbers["code_hamming"] == 0
+    for space in SPACES:
+        assert numbers[f"near_duplicate_rate_{space}"] == 1, space
+        assert numbers[f"nn_distance_ratio_{space}"] == pytest.approx(0, abs=0.01), space
+
+
+GOOD_CONTROL = {
+    "c2st": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0]},
+    "c2st_codes": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0]},
+    "critic_auc": 0.99,
+    "critic_auc_interval": [0.98, 1.0],
+    **{f"near_duplicate_rate_{space}": 0.01 for space in SPACES},
+    **dict.fromkeys(PRDC, 0.3),
+}
+AT_CHANCE = {"accuracy": 0.52, "accuracy_interval": [0.45, 0.6]}
+GOOD_CONTROLS = dict.fromkeys(comparison.CONTROLS, GOOD_CONTROL) | {
+    "real": {
+        **GOOD_CONTROL,
+        "c2st": AT_CHANCE,
+        "c2st_codes": AT_CHANCE,
+        "critic_auc": 0.52,
+        "critic_auc_interval": [0.45, 0.6],
+    },
+    "decoded_training_codes": {**GOOD_CONTROL, **{f"near_duplicate_rate_{space}": 1.0 for space in SPACES}},
+}
+RECONSTRUCTIONS = dict.fromkeys(PRDC, 0.5)
+
+
+def accuracy(value: float, lower: float | None = 0.0, upper: float | None = 1.0) -> dict:
+    return {"accuracy": value, "accuracy_interval": [lower, upper]}
+
+
+def test_good_measures_pass_their_controls():
+    failures = comparison.failed_controls(GOOD_CONTROLS, RECONSTRUCTIONS)
+    rates = {f"near_duplicate_rate_{space}" for space in SPACES}
+    assert failures == {measure: [] for measure in {"c2st", "c2st_codes", "critic_auc", *rates, *PRDC}}
+
+
+@pytest.mark.parametrize(
+    ("control", "measure", "passing", "failing"),
+    [
+        ("real", "c2st", accuracy(0.6, 0.5, 0.7), accuracy(0.6, 0.51, 0.7)),
+        ("real", "c2st", accuracy(0.4, 0.3, 0.5), accuracy(0.4, 0.3, 0.49)),
+        ("real", "c2st_codes", accuracy(0.6, 0.5, 0.7), accuracy(0.6, 0.51, 0.7)),
+        ("real", "c2st", accuracy(0.5), accuracy(0.5, None, None)),
+        ("blur", "c2st", accuracy(0.8), accuracy(0.79)),
+        ("noise", "c2st", accuracy(0.8), accuracy(0.79)),
+        ("noise", "c2st", accuracy(0.8), accuracy(math.nan, None, None)),
+        ("blocks", "c2st_codes", accuracy(0.8), accuracy(0.79)),
+        ("halves", "c2st_codes", accuracy(0.7), accuracy(0.69)),
+        ("real", "critic_auc_interval", [0.5, 0.6], [0.51, 0.6]),
+        ("real", "critic_auc_interval", [0.4, 0.5], [None, None]),
+        ("blocks", "critic_auc", 0.95, 0.94),
+        ("halves", "critic_auc", 0.65, 0.64),
+        ("halves", "critic_auc", 0.65, math.nan),
+        *(
+            (control, f"near_duplicate_rate_{space}", passing, failing)
+            for space in SPACES
+            for control, passing, failing in (("decoded_training_codes", 0.9, 0.89), ("real", 0.05, 0.06))
+        ),
+        *(("blocks", measure, 0.4, failing) for measure in sorted(PRDC) for failing in (0.41, math.nan)),
+    ],
+)
+def test_each_threshold_decides_about_its_measure_alone(control, measure, passing, failing):
+    def failures(value) -> dict[str, list[str]]:
+        changed = {**GOOD_CONTROLS, control: {**GOOD_CONTROLS[control], measure: value}}
+        return {name: failed for name, failed in comparison.failed_controls(changed, RECONSTRUCTIONS).items() if failed}
+
+    assert failures(passing) == {}
+    ((name, (phrase,)),) = failures(failing).items()
+    assert name == measure.removesuffix("_interval")
+    assert phrase.startswith(f"{control} is ")
+
+
+def test_precision_is_relative_to_reconstructions():
+    failures = comparison.failed_controls(GOOD_CONTROLS, {**RECONSTRUCTIONS, "precision": 0.35, "recall": math.nan})
+    assert {name for name, failed in failures.items() if failed} == {"precision", "recall"}
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def test_display_images_equal_a_png_with_a_clean_background():
+    brains = np.stack([phantom.slice_image(0, subject, 6)[..., None] for subject in range(2)])
+    faint = np.full((1, 16, 16, 1), 0.03, np.float32)
+    assert not shown(faint).any()
+    images = shown(brains)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, shown(brains / np.float32(255)))
+    assert np.array_equal(images[brains > 12], brains[brains > 12])
+    assert not images[brains <= 12].any()
+    assert shown(np.array([[[[-1.0], [2.0]]]])).ravel().tolist() == [0, 255]
+
+
+def test_matched_slices_are_of_different_subjects_at_the_nearest_positions():
+    targets = labelled_part({"x": [1, 2, 3], "y": [1, 2, 3]})
+    part = labelled_part({name: [3, 2, 1] for name in "abcd"})
+    chosen = comparison.matched_slices(part, targets, np.random.default_rng(0))
+    assert np.array_equal(part.positions[chosen], targets.positions)
+    assert len(set(part.subjects[chosen][:3])) == len(set(part.subjects[chosen][3:])) == 1
+    assert part.subjects[chosen][0] != part.subjects[chosen][3]
+    draws = {tuple(comparison.matched_slices(part, targets, np.random.default_rng(seed))) for seed in range(9)}
+    assert len(draws) > 3
+    single = labelled_part({"a": [0, 9]})  # The only subject is matched with both.
+    assert comparison.matched_slices(single, targets, np.random.default_rng(0)).tolist() == [0] * 6
+
+
+def test_random_pairs_share_a_position_and_show_two_subjects():
+    positions, subjects = np.tile([1, 2], 5), np.repeat(list("abcde"), 2)
+    pairs = comparison.random_pairs(positions, subjects, seed=0)
+    assert len(pairs) == 30
+    assert (positions[pairs[:, 0]] == positions[pairs[:, 1]]).all()
+    assert (subjects[pairs[:, 0]] != subjects[pairs[:, 1]]).all()
+    assert comparison.random_pairs(np.array([1, 2]), np.array(["a", "b"]), seed=0).shape == (0, 2)
+
+
+def test_ms_ssim_of_pairs_measures_variety():
+    slices = some_slices(range(4), (6, 9))
+    pairs = comparison.random_pairs(slices.positions, slices.subjects, seed=0)
+    assert comparison.ms_ssim_of_pairs(np.repeat(slices.images[:1], 8, axis=0), pairs) == pytest.approx(1)
+    varied = comparison.ms_ssim_of_pairs(slices.images, pairs)
+    assert 0.2 < varied < 0.99
+    noise = np.random.default_rng(0).integers(0, 256, slices.images.shape).astype(np.uint8)
+    assert comparison.ms_ssim_of_pairs(noise, pairs) < varied
+    assert math.isnan(comparison.ms_ssim_of_pairs(slices.images, np.zeros((0, 2), int)))
