@@ -284,20 +284,27 @@ def classifier_two_sample_test(
         undefined = dict.fromkeys(("accuracy", *(f"accuracy_{head}" for head in HEADS)), math.nan)
         return {**undefined, "accuracy_interval": [None, None]}
     inputs, labels = _concatenate([first["train"], second["train"]])
-    judged = [sets[split] for split in ("validate", "test") for sets in (first, second)]
-    judged_inputs, group = _concatenate(judged)
-    untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
+    judged, group = _concatenate([sets[split] for split in ("validate", "test") for sets in (first, second)])
     best = dict.fromkeys(HEADS, -1.0)
     correct: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    steps = -(-len(labels) // CLASSIFIER_BATCH_SIZE)
-    for _ in range(min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS)):
-        targets = dict.fromkeys(HEADS, labels.astype(np.float32))
-        classifier.fit(inputs, targets, batch_size=CLASSIFIER_BATCH_SIZE, verbose=0)
-        for head, logits in classifier.predict(judged_inputs, batch_size=128, verbose=0).items():
-            right = (logits[:, 0] > 0) == (group % 2 == 1)
+
+    def judge(epoch: int, logs: Any) -> None:
+        for head, logits in _logits(classifier, judged).items():
+            right = (logits > 0) == (group % 2 == 1)
             accuracy = _mean_accuracy((right[group == 0], right[group == 1]))
             if accuracy > best[head]:
                 best[head], correct[head] = accuracy, (right[group == 2], right[group == 3])
+
+    untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
+    steps = -(-len(labels) // CLASSIFIER_BATCH_SIZE)
+    classifier.fit(
+        inputs,
+        dict.fromkeys(HEADS, labels.astype(np.float32)),
+        batch_size=CLASSIFIER_BATCH_SIZE,
+        epochs=min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS),
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=judge)],
+        verbose=0,
+    )
     for variable, value in zip(_state(classifier), untrained, strict=True):
         variable.assign(value)
     chosen = correct[max(HEADS, key=lambda head: best[head])]
@@ -307,6 +314,15 @@ def classifier_two_sample_test(
         "accuracy_interval": _clip(_interval_of_sum(halves)),
         **{f"accuracy_{head}": _mean_accuracy(correct[head]) for head in HEADS},
     }
+
+
+def _logits(classifier: keras.Model, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Return the logits (N,) of each head. `predict` would take longer to start than to classify a small set."""
+    batches = [
+        classifier.predict_on_batch([array[start : start + 128] for array in inputs])
+        for start in range(0, len(inputs[0]), 128)
+    ]
+    return {head: np.concatenate([batch[head][:, 0] for batch in batches]) for head in HEADS}
 
 
 def _concatenate(sets: Sequence[Inputs]) -> tuple[Inputs, np.ndarray]:

@@ -33,7 +33,8 @@ STEPS = {  # the file that each step ends with, in order, and the step
     "config.json": "before anything was written",
     "vqvae.keras": "while training the VQ-VAE",
     "prior.keras": "while training the prior",
-    "samples/measured_codes.npy": "while sampling",
+    "critic.keras": "while training the critic",
+    "samples/codes.npy": "while sampling",
     "metrics.json": "while measuring",
     "report.html": "while drawing pictures and writing the report",
 }

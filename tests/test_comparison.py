@@ -55,15 +55,10 @@ def make_results(
         prior.set_weights([-weight for weight in prior.get_weights()])
     codes = {split: generator.encode(some.images) for split, some in slices.items()}
 
-    ends = np.cumsum([len(some) for some in slices.values()])[:-1]
-    every = np.concatenate([some.positions for some in slices.values()])
-    sampled = [np.split(indices, ends) for indices in generator.sample_codes(every, seed=1)]  # One call is faster.
-    compared_samples = {
-        split: Samples(
-            generator.decode([indices[i] for indices in sampled]), [indices[i] for indices in sampled], some.positions
-        )
-        for i, (split, some) in enumerate(slices.items())
-    }
+    random, compared_samples = np.random.default_rng(0), {}
+    for split, some in slices.items():
+        sampled = [random.integers(0, 16, (len(some), grid, grid)).astype(np.int32) for grid in grids]
+        compared_samples[split] = Samples(generator.decode(sampled), sampled, some.positions)
     return Results(
         generator=generator,
         slices=slices,
@@ -225,10 +220,12 @@ def test_other_subjects_are_means_over_draws(made, monkeypatch):
 
 
 def test_two_levels_are_compared():
-    numbers, tests = compare(make_results((3, 2, 3), (5, 8), grids=(4, 8)))
-    assert 0 < numbers["samples"]["code_hamming"] <= 1
-    assert [inputs.shape for inputs in tests[2].first["test"]] == [(6, 4, 4), (6, 8, 8)]
-    assert numbers["controls"]["decoded_training_codes"]["code_hamming"] == 0
+    made = Comparison(make_results((2, 2, 2), (5, 8), grids=(4, 8)), seed=0)
+    assert 0 < made.measure(made.samples()["test"])["code_hamming"] <= 1
+    copies = replace(made.decoded["train"].take(np.arange(4)), subjects=np.arange(4))
+    assert made.measure(copies)["code_hamming"] == 0
+    assert [indices.shape for indices in made.real["test"].codes] == [(4, 4, 4), (4, 8, 8)]
+    assert [tuple(tensor.shape) for tensor in made._code_classifier.inputs] == [(None, 4, 4), (None, 8, 8)]
 
 
 # ----------------------------------------------------------------------------------------------- controls

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import comparison
 import console
 import dataset
 import driver
@@ -25,6 +26,7 @@ import options
 import phantom
 import plots
 import training
+import two_sample
 from benchmarks import kill
 from generator import Generator
 from run import RunError
@@ -51,6 +53,14 @@ def tiny(root: Path, **constants) -> driver.Config:
     return driver.Config(**{**settings, **constants})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_training_of_classifiers():
+    """The runs of these tests have a few slices only, so that longer training would learn nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> driver.Config:
     root = tmp_path_factory.mktemp("driver")
@@ -73,8 +83,9 @@ def picture_files(num_levels: int = 1) -> set[str]:
 
 def test_a_run_writes_every_file(finished):
     folder = finished.run_dir
-    names = {"config.json", "vqvae.keras", "prior.keras", "history.csv", "metrics.json", "report.html", "manifest.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"images", "samples", "logs", ".lock"}
+    networks = {"vqvae.keras", "prior.keras", "critic.keras"}
+    names = {"config.json", "history.csv", "metrics.json", "test_slices.csv", "report.html", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == networks | names | {"images", "samples", "logs", ".lock"}
     assert {path.name for path in (folder / "images").iterdir()} == picture_files()
     assert len(list((folder / "samples").glob("sample_*_slice_*.png"))) == 3
     assert np.load(folder / "samples" / "codes.npy").shape == (3, 4, 4)
@@ -94,7 +105,7 @@ def test_the_history_has_a_row_per_epoch(finished):
     with open(finished.run_dir / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     stages = [(row["stage"], row["epoch"]) for row in rows]
-    assert stages == [("vqvae", "1"), ("vqvae", "2"), ("prior", "1"), ("prior", "2")]
+    assert stages == [(stage, epoch) for stage in ("vqvae", "prior", "critic") for epoch in ("1", "2")]
     names = list(rows[0])
     assert names.index("reconstruction") < names.index("codebook") < names.index("commitment")
     assert all(float(rows[0][f"val_{name}"]) for name in ("loss", "reconstruction", "ssim", "perplexity"))
@@ -110,7 +121,9 @@ def test_metrics_contain_every_number(finished):
     assert numbers["prior_bits_per_image"] == pytest.approx(16 * numbers["prior_bits_per_code"])
     assert numbers["prior_bits_per_dimension"] == pytest.approx(numbers["prior_bits_per_image"] / 32**2)
     assert numbers["test_slices"] == numbers["samples"]["count"] == 4
-    assert np.load(finished.run_dir / "samples" / "measured_codes.npy").shape == (4, 4, 4)
+    assert np.load(finished.run_dir / "samples" / "test_codes.npy").shape == (4, 4, 4)
+    assert np.load(finished.run_dir / "samples" / "train_codes.npy").shape == (16, 4, 4)
+    assert numbers["controls"].keys() == comparison.CONTROLS.keys()
 
 
 def test_the_report_shows_every_picture(finished):
@@ -292,7 +305,7 @@ def test_another_seed_gives_other_weights_and_samples(finished):
     one, two = (networks.make_vqvae(config, 0.1).get_weights() for config in (finished, other))
     assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     generator = Generator.load(finished.run_dir)
-    codes = [generator.sample_codes(range(4), **driver.sampling_arguments(config))[0] for config in (finished, other)]
+    codes = [generator.sample_codes(range(4), **options.sampling_arguments(config))[0] for config in (finished, other)]
     assert not np.array_equal(*codes)
 
 
@@ -324,7 +337,8 @@ def test_two_levels_run_end_to_end(finished, tmp_path):
     assert np.load(tmp_path / "run" / "samples" / "bottom_codes.npy").shape == (3, 8, 8)
     with open(tmp_path / "run" / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["stage"] for row in rows] == ["vqvae"] * 2 + ["top_prior"] * 2 + ["bottom_prior"] * 2
+    stages = ("vqvae", "top_prior", "bottom_prior", "top_critic", "bottom_critic")
+    assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
     assert float(rows[0]["top_perplexity"]) > 0
     assert float(rows[0]["val_bottom_codes_used"]) > 0
     before = files(config.run_dir)
@@ -400,7 +414,7 @@ def test_slices_that_cannot_be_read_are_left_out_if_asked(finished, tmp_path, mo
     def stop(config, run, slices):
         raise console.Stopped(signal.SIGINT)
 
-    monkeypatch.setattr(driver, "train_generator", stop)
+    monkeypatch.setattr(driver, "train_vqvae", stop)
     status, printed = ended(*arguments, "--skip-broken-slices")
     assert status == 130
     assert f"{broken}: is empty" in printed

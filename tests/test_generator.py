@@ -128,6 +128,35 @@ def test_bits_add_up_over_levels_and_average_over_unknown_positions(made, images
     np.testing.assert_allclose(made.bits(images), -np.log2(np.mean(2.0**-each, axis=0)), rtol=1e-5)
 
 
+def test_surprise_adds_up_the_deviations_from_what_the_priors_expect(made, images):
+    codes, excess, variance = made.encode(images), np.zeros(3), np.zeros(3)
+    for level, indices in enumerate(codes):
+        inputs = {"codes": indices, "positions": POSITIONS, **({"coarse": codes[level - 1]} if level else {})}
+        logits = keras.ops.convert_to_numpy(made.priors[level](inputs)).astype(np.float64)
+        nats = np.logaddexp.reduce(logits, axis=-1, keepdims=True) - logits
+        own = np.take_along_axis(nats, indices[..., None], axis=-1)[..., 0]
+        expected = np.sum(np.exp(-nats) * nats, axis=-1)
+        excess += np.sum(own - expected, axis=(1, 2))
+        variance += np.sum(np.exp(-nats) * (nats - expected[..., None]) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(made.surprise(codes, POSITIONS), excess / np.sqrt(variance), rtol=1e-3, atol=1e-3)
+
+
+def test_codes_of_the_prior_itself_have_surprise_0_and_shuffled_ones_more():
+    own, positions = make((4,)), np.resize(POSITIONS, 300)
+    kernel = own.priors[0].logits.kernel
+    kernel.assign(8 * kernel)  # Codes depend on their neighbours more than in an untrained network.
+    own.batch_size = 100
+    codes = own.sample_codes(positions, seed=1)
+    surprise = own.surprise(codes, positions)
+    assert surprise.shape == (300,)
+    assert abs(surprise.mean()) < 0.2
+    assert surprise.var() == pytest.approx(1, abs=0.3)
+    shuffled = [
+        np.random.default_rng(0).permuted(level.reshape(300, -1), axis=1).reshape(level.shape) for level in codes
+    ]
+    assert own.surprise(shuffled, positions).mean() > 1
+
+
 # ------------------------------------------------------------------------------------------------ run folders
 
 

@@ -2,18 +2,19 @@
 
 import json
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tensorflow_probability as tfp
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics
 import phantom
 import two_sample
 from dataset import Slices
-from generator import Results, Samples
+from generator import Results
 
 RNG = np.random.default_rng(0)
 SUBJECTS = np.repeat(["a", "b", "c", "d"], 2)
@@ -33,7 +34,7 @@ def noisy(brains) -> np.ndarray:
 
 def measured(originals, reconstructions) -> dict:
     count = len(originals)
-    return metrics.reconstruction_metrics(originals, reconstructions, POSITIONS[:count], SUBJECTS[:count], seed=0)
+    return metrics.reconstruction_metrics(Slices(originals, POSITIONS[:count], SUBJECTS[:count]), reconstructions)
 
 
 # ------------------------------------------------------------------------------------ reconstructions
@@ -66,6 +67,7 @@ def test_perfect_reconstructions_get_the_best_values(brains):
         assert numbers[name] == pytest.approx(best, abs=1e-6), name
         assert numbers[f"{name}_interval"] == pytest.approx([best, best], abs=1e-6), name
     assert numbers["half_power_frequency"] == 0.5
+    assert [numbers[f"power_{band}"] for band in ("low", "middle", "high")] == pytest.approx([1, 1, 1])
 
 
 def test_reconstructions_are_clipped_first(brains):
@@ -124,6 +126,38 @@ def test_half_power_frequency_of_a_known_blur():
     assert metrics.half_power_frequency(*spectra) == pytest.approx(0.25, abs=0.011)
 
 
+def test_half_power_frequency_is_the_first_crossing():
+    original, frequencies = np.ones(50), np.arange(1, 51) / 100
+    with_gap = np.where((frequencies > 0.1) & (frequencies < 0.48), 0.01, 1)  # Noise returns at the highest ones.
+    assert metrics.half_power_frequency(original, with_gap) == pytest.approx(0.1)
+    assert metrics.half_power_frequency(original, np.full(50, 0.5)) == 0.5
+    assert metrics.half_power_frequency(original, np.full(50, 0.49)) == 0
+
+
+def test_power_ratios_compare_three_bands():
+    original, frequencies = RNG.uniform(1, 2, 48), np.arange(1, 49) / 96
+    assert metrics.power_ratios(original, original) == {f"power_{band}": 1.0 for band in ("low", "middle", "high")}
+    images = RNG.normal(size=(2, 96, 96, 1)).astype(np.float32)
+    half = metrics.power_ratios(metrics.power_spectrum(images), metrics.power_spectrum(images / 2))
+    assert list(half.values()) == pytest.approx([0.25] * 3)
+    bands = {"low": frequencies < 0.125, "middle": (frequencies >= 0.125) & (frequencies < 0.25)}
+    bands["high"] = frequencies >= 0.25
+    for name, band in bands.items():
+        expected = {f"power_{other}": pytest.approx(3.0 if other == name else 1.0) for other in bands}
+        assert metrics.power_ratios(original, np.where(band, 3 * original, original)) == expected
+
+
+def test_power_ratios_weight_frequencies_by_the_size_of_their_ring():
+    white = np.ones(48)
+    images = RNG.normal(size=(40, 96, 96, 1))
+    spectrum = metrics.power_spectrum(images.astype(np.float32))
+    assert list(metrics.power_ratios(white, spectrum).values()) == pytest.approx([96**2] * 3, rel=0.02)
+    doubled = np.where(np.arange(48) == 47, 2.0, 1.0)  # One ring of circumference 0.5 among those from 0.25 to 0.5.
+    frequencies = np.arange(1, 49) / 96
+    expected = 1 + 0.5 / frequencies[frequencies >= 0.25].sum()
+    assert metrics.power_ratios(white, doubled)["power_high"] == pytest.approx(expected)
+
+
 # --------------------------------------------------------------------------------- codes and likelihood
 
 
@@ -150,32 +184,76 @@ def test_nats_are_converted_to_bits():
 
 
 class StubGenerator:
-    """Priors that need a fixed number of nats per code at each level, for codebooks of 8 codes."""
+    """Priors that need a number of nats per code that depends on the level and the slice, for codebooks of 8 codes."""
 
     num_embeddings = 8
+    positions = np.arange(4)
 
     def __init__(self, *nats):
         self.nats = nats
         self.level_names = ("",) if len(nats) == 1 else ("top", "bottom")
-        self.vqvae = SimpleNamespace(quantizers=[SimpleNamespace(num_embeddings=8)] * len(nats))
 
     def nats_per_code(self, codes, positions):
-        spread = np.linspace(-0.5, 0.5, len(positions), dtype=np.float32)
-        return [np.float32(nats) + spread for nats in self.nats]
+        """The number of the level plus the first code of each slice."""
+        return [
+            np.float32(nats) + indices[:, 0, 0].astype(np.float32)
+            for nats, indices in zip(self.nats, codes, strict=True)
+        ]
 
 
-def test_code_and_prior_metrics_of_one_level():
-    codes = RNG.integers(0, 8, (3, 2, 2))
-    numbers = metrics.code_and_prior_metrics(StubGenerator(math.log(2)), [codes], np.arange(3))
-    assert numbers["prior_nats_per_code"] == pytest.approx(math.log(2))  # The mean over slices.
-    assert numbers["prior_bits_per_image"] == pytest.approx(4)
-    assert numbers["perplexity"] == metrics.code_metrics(codes, 8)["perplexity"]
+def some_codes(first: dict[str, list[int]], grid: int = 2) -> dict[str, np.ndarray]:
+    """Code grids by split; the first code of each slice is given, all others are 0."""
+    codes = {split: np.zeros((len(values), grid, grid), np.int32) for split, values in first.items()}
+    for split, values in first.items():
+        codes[split][:, 0, 0] = values
+    return codes
 
 
-def test_code_and_prior_metrics_of_two_levels():
-    codes = [RNG.integers(0, 8, (3, 2, 2)), RNG.integers(0, 8, (3, 4, 4))]
-    numbers = metrics.code_and_prior_metrics(StubGenerator(math.log(2), math.log(4)), codes, np.arange(3))
+def make_results(
+    images: dict, reconstructions: dict, codes: list[dict], generator: StubGenerator, **changes
+) -> Results:
+    """Results of which only what metrics.py reads is there."""
+    slices = {split: Slices(of, POSITIONS[: len(of)], SUBJECTS[: len(of)]) for split, of in images.items()}
+    fields = {
+        "generator": generator,
+        "slices": slices,
+        "codes": {split: [level[split] for level in codes] for split in images},
+        "reconstructions": reconstructions,
+        "compared": {split: np.arange(len(some)) for split, some in slices.items()},
+    }
+    rest = ("critic", "samples", "compared_samples", "sampling", "history", "numbers")
+    return Results(**dict.fromkeys(rest), **(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def results(brains, noisy) -> Results:
+    """Different slices, noise and codes in each split: eight of four subjects in the test split."""
+    images = {"train": brains[::-1][:4], "validate": brains[2:6], "test": brains}
+    decoded = {"validate": np.clip(images["validate"] / 255 + RNG.normal(0, 0.1, (4, 96, 96, 1)), 0, 1), "test": noisy}
+    codes = some_codes({"train": [1, 2, 3, 4], "validate": [5, 6, 7, 4], "test": [0, 1, 0, 1, 2, 1, 2, 1]})
+    return make_results(images, decoded, [codes], StubGenerator(math.log(2)))
+
+
+def test_code_and_prior_metrics_of_one_level(results):
+    numbers = metrics.code_and_prior_metrics(results)
+    assert numbers["prior_nats_per_code"] == pytest.approx(math.log(2) + 1)  # The mean over the slices of each split.
+    assert numbers["prior_nats_per_code_train"] == pytest.approx(math.log(2) + 2.5)
+    assert numbers["prior_nats_per_code_validate"] == pytest.approx(math.log(2) + 5.5)
+    assert numbers["prior_bits_per_image"] == pytest.approx(4 * (1 + 1 / math.log(2)))
+    assert numbers["perplexity"] == metrics.code_metrics(results.codes["test"][0], 8)["perplexity"]
+    chosen = {**results.compared, "train": np.array([0, 1]), "test": np.array([0])}
+    numbers = metrics.code_and_prior_metrics(replace(results, compared=chosen))
+    assert numbers["prior_nats_per_code_train"] == pytest.approx(math.log(2) + 1.5)
+    assert numbers["prior_nats_per_code"] == pytest.approx(math.log(2) + 1)  # The whole test split.
+
+
+def test_code_and_prior_metrics_of_two_levels(results):
+    zeros = {split: [0] * len(slices) for split, slices in results.slices.items()}
+    generator = StubGenerator(math.log(2), math.log(4))
+    codes = {split: [some_codes(zeros)[split], some_codes(zeros, grid=4)[split]] for split in results.slices}
+    numbers = metrics.code_and_prior_metrics(replace(results, generator=generator, codes=codes))
     assert numbers["prior_bits_per_code"] == {"top": pytest.approx(1), "bottom": pytest.approx(2)}
+    assert numbers["prior_nats_per_code_train"] == pytest.approx({"top": math.log(2), "bottom": math.log(4)})
     assert numbers["prior_bits_per_image_by_level"] == {"top": pytest.approx(4), "bottom": pytest.approx(32)}
     assert numbers["prior_bits_per_image"] == pytest.approx(36)
     parts = numbers["marginal_entropy_bits_per_image_by_level"]
@@ -184,16 +262,18 @@ def test_code_and_prior_metrics_of_two_levels():
 
 
 def decoder_bits(originals, predictions) -> float:
-    return metrics.likelihood_metrics((originals, predictions), (originals, predictions), 0)["bits_per_dimension"]
+    counts = metrics.joint_histogram(originals, predictions)
+    return metrics.logistic_bits(counts, metrics.fit_logistic_scales(counts))
 
 
 def test_bits_of_a_constant_prediction_are_a_cross_entropy_with_the_histogram():
     logistic = tfp.distributions.Logistic(np.float64(100), 8.0).sample(2 * 96 * 96, seed=0).numpy()
     pixels = np.clip(np.rint(logistic), 0, 255).astype(np.uint8).reshape(2, 96, 96, 1)
     constant = np.full(pixels.shape, 100 / 255, np.float32)
-    numbers = metrics.likelihood_metrics((pixels, constant), (pixels, constant), 0)
     # For pixels that follow a logistic around the constant, this is the entropy of their histogram.
-    assert numbers["decoder_bits_per_dimension"] == pytest.approx(numbers["histogram_bits_per_dimension"], rel=0.01)
+    frequencies = np.bincount(pixels.ravel(), minlength=256) / pixels.size
+    entropy = -np.sum(frequencies[frequencies > 0] * np.log2(frequencies[frequencies > 0]))
+    assert decoder_bits(pixels, constant) == pytest.approx(entropy, rel=0.01)
     # For any pixels, it is the cross-entropy of their histogram and the logistic.
     uniform = RNG.integers(0, 256, pixels.shape).astype(np.uint8)
     counts = metrics.joint_histogram(uniform, constant)
@@ -223,121 +303,83 @@ def test_likelihood_sums_to_one():
     assert total == pytest.approx(1, abs=1e-6)
 
 
-def test_bits_per_dimension_are_the_sum_of_prior_and_decoder(brains, noisy):
-    numbers = metrics.likelihood_metrics((brains[:4], noisy[:4]), (brains[4:], noisy[4:]), prior_bits_per_image=921.6)
+def test_bits_per_dimension_are_the_sum_of_their_parts(results):
+    numbers = metrics.likelihood_metrics(results, prior_bits_per_image=921.6)
     assert numbers["prior_bits_per_dimension"] == pytest.approx(0.1)
-    parts = numbers["prior_bits_per_dimension"] + numbers["decoder_bits_per_dimension"]
-    assert numbers["bits_per_dimension"] == pytest.approx(parts)
+    assert numbers["position_bits_per_dimension"] == pytest.approx(2 / 96**2)  # One of four positions.
+    parts = [numbers[f"{part}_bits_per_dimension"] for part in ("position", "prior", "decoder")]
+    assert numbers["bits_per_dimension"] == pytest.approx(sum(parts))
+    assert min(parts) > 0
 
 
-# ---------------------------------------------------------------------------------------------- samples
+def test_scales_are_fitted_on_the_validation_split(results):
+    """The noise of the splits differs, so that scales fitted on the test split would give fewer bits."""
+    counts = {
+        split: metrics.joint_histogram(results.slices[split].images, results.reconstructions[split])
+        for split in ("validate", "test")
+    }
+    measured = metrics.likelihood_metrics(results, 0)["decoder_bits_per_dimension"]
+    assert measured == metrics.logistic_bits(counts["test"], metrics.fit_logistic_scales(counts["validate"]))
+    assert measured > metrics.logistic_bits(counts["test"], metrics.fit_logistic_scales(counts["test"])) + 0.1
 
 
-def test_display_images_equal_a_png_with_a_clean_background(brains):
-    faint = np.full((1, 16, 16, 1), 0.03, np.float32)
-    assert not metrics.to_display_uint8(faint).any()
-    shown = metrics.to_display_uint8(brains)
-    assert shown.dtype == np.uint8
-    assert np.array_equal(shown, metrics.to_display_uint8(brains / np.float32(255)))
-    assert np.array_equal(shown[brains > 12], brains[brains > 12])
+def test_rare_grey_levels_use_the_scale_of_all_pixels():
+    counts = np.zeros((256, 256), np.int64)
+    counts[100, 90:111] = 1000
+    counts[50, 50] = 99  # Too few pixels for a scale of their own, which would be tiny.
+    scales = metrics.fit_logistic_scales(counts)
+    assert scales[50] == scales[200] > 1
+    counts[50, 50] = 100
+    assert metrics.fit_logistic_scales(counts)[50] < 0.1
 
 
-def test_matched_training_slices_are_of_other_subjects_at_the_same_positions():
-    positions, subjects = np.tile([1, 2, 3], 2), np.repeat(["x", "y"], 3)
-    train_positions, train_subjects = np.tile([3, 2, 1], 4), np.repeat(["a", "b", "c", "d"], 3)
-    chosen = metrics.matched_training_slices(train_positions, train_subjects, positions, subjects, seed=0)
-    assert np.array_equal(train_positions[chosen], positions)
-    assert len(set(train_subjects[chosen][:3])) == len(set(train_subjects[chosen][3:])) == 1
-    assert train_subjects[chosen][0] != train_subjects[chosen][3]
-    repeated = metrics.matched_training_slices(train_positions[:3], train_subjects[:3], positions, subjects, seed=0)
-    assert len(repeated) == 6  # The only training subject is matched with both test subjects.
+def test_file_bits_are_those_of_the_files(brains, tmp_path):
+    for i, image in enumerate(brains):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png", optimize=True)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert metrics.file_bits(brains, "PNG", optimize=True) == pytest.approx(8 * size / brains.size)
+    black, noise = np.zeros_like(brains), RNG.integers(0, 256, brains.shape).astype(np.uint8)
+    for file_format in ("PNG", "WEBP"):
+        order = [metrics.file_bits(images, file_format, lossless=True) for images in (black, brains, noise)]
+        assert order == sorted(order)
+        assert 8 < order[2] < 12  # Noise cannot be compressed.
+    assert math.isnan(metrics.file_bits(brains, "no such format"))
 
 
-def test_random_pairs_share_a_position_and_show_two_subjects():
-    positions, subjects = np.tile([1, 2], 5), np.repeat(list("abcde"), 2)
-    pairs = metrics.random_pairs(positions, subjects, seed=0)
-    assert len(pairs) == 30
-    assert (positions[pairs[:, 0]] == positions[pairs[:, 1]]).all()
-    assert (subjects[pairs[:, 0]] != subjects[pairs[:, 1]]).all()
-    assert metrics.random_pairs(np.array([1, 2]), np.array(["a", "b"]), seed=0).shape == (0, 2)
+# -------------------------------------------------------------------------------------- everything together
 
 
-def test_ms_ssim_of_pairs_measures_variety(brains):
-    pairs = metrics.random_pairs(POSITIONS, SUBJECTS, seed=0)
-    assert metrics.ms_ssim_of_pairs(np.repeat(brains[:1], 8, axis=0), pairs) == pytest.approx(1)
-    varied = metrics.ms_ssim_of_pairs(brains, pairs)
-    assert 0.2 < varied < 0.99
-    noise = RNG.integers(0, 256, brains.shape).astype(np.uint8)
-    assert metrics.ms_ssim_of_pairs(noise, pairs) < varied
-    assert math.isnan(metrics.ms_ssim_of_pairs(brains, np.zeros((0, 2), int)))
+def test_measure_measures_the_test_split(results):
+    numbers = metrics.measure(results)
+    assert (numbers["test_slices"], numbers["test_subjects"]) == (8, 4)
+    values = metrics.metrics_by_slice(results.slices["test"].images, results.reconstructions["test"])
+    for name in metrics.RECONSTRUCTION_METRICS:
+        assert numbers[name] == pytest.approx(np.nanmean(values[name]))
+        interval = two_sample.interval_over_subjects(values[name], SUBJECTS)
+        assert numbers[f"{name}_interval"] == pytest.approx(interval)
+    assert numbers["prior_bits_per_dimension"] == pytest.approx(numbers["prior_bits_per_image"] / 96**2)
+    pngs = metrics.file_bits(results.slices["test"].images, "PNG", optimize=True)
+    assert numbers["png_bits_per_dimension"] == pytest.approx(pngs)
+    other_codes = {**results.codes, "test": [results.codes["test"][0] + 1]}
+    other = metrics.measure(replace(results, codes=other_codes))
+    assert other["prior_nats_per_code"] == pytest.approx(numbers["prior_nats_per_code"] + 1)
+    assert other["prior_nats_per_code_train"] == numbers["prior_nats_per_code_train"]
 
 
-def synthetic_slices(subjects: range) -> Slices:
-    """Slices of some phantom subjects at three positions."""
-    keys = [(subject, at) for subject in subjects for at in (5, 7, 9)]
-    images = np.stack([phantom.slice_image(0, subject, at, 32)[..., None] for subject, at in keys])
-    return Slices(images, np.array([at for _, at in keys]), np.array([f"case_{subject}" for subject, _ in keys]))
+def test_slice_rows_average_to_the_numbers_of_the_test_split(results):
+    rows, numbers = metrics.slice_rows(results), metrics.measure(results)
+    assert [row["subject"] for row in rows] == SUBJECTS.tolist()
+    assert [row["position"] for row in rows] == POSITIONS.tolist()
+    for name in metrics.RECONSTRUCTION_METRICS:
+        assert np.nanmean([row[name] for row in rows]) == pytest.approx(numbers[name])
+    assert np.mean([row["nats"] for row in rows]) == pytest.approx(numbers["prior_bits_per_image"] * math.log(2))
+    two_levels = {split: [codes[0], codes[0]] for split, codes in results.codes.items()}
+    rows = metrics.slice_rows(replace(results, codes=two_levels, generator=StubGenerator(1, 2)))
+    assert rows[0]["bottom_nats"] == rows[0]["top_nats"] + 4  # One more nat for each of four codes.
 
 
-@pytest.fixture(scope="module")
-def test_split() -> Slices:
-    return synthetic_slices(range(8))
-
-
-@pytest.fixture(scope="module")
-def training() -> Slices:
-    return synthetic_slices(range(20, 30))
-
-
-def test_sample_metrics_detect_copies_of_training_slices(test_split, training, monkeypatch):
-    monkeypatch.setattr(two_sample, "NUM_FOLDS", 2)
-    matched = metrics.matched_training_slices(
-        training.positions, training.subjects, test_split.positions, test_split.subjects, seed=5
-    )
-    copies, perfect = training.images[matched] / np.float32(255), test_split.images / np.float32(255)
-    numbers = metrics.sample_metrics(copies, perfect, test_split, training, seed=0)
-    assert set(numbers) == {"samples", "references"}
-    samples, references = numbers["samples"], numbers["references"]
-    assert set(references) == {"reconstructions", "other_subjects", "real_ms_ssim_of_pairs"}
-    assert samples["count"] == 24
-    assert samples["near_duplicate_rate_pixels"] == samples["near_duplicate_rate_features"] == 1
-    assert references["other_subjects"]["near_duplicate_rate_pixels"] < 0.5
-    assert samples["nn_distance_ratio_pixels"] == pytest.approx(0, abs=1e-3)
-    assert references["reconstructions"]["nn_distance_ratio_pixels"] == pytest.approx(1)
-    assert len(samples["nearest_to_training"]) == 10
-    assert references["reconstructions"].keys() == references["other_subjects"].keys()
-    only_samples = {"count", "c2st_reconstructions", "nearest_to_training"}
-    assert samples.keys() - references["reconstructions"].keys() == only_samples
-
-
-def test_measure_returns_all_numbers_as_json_without_nan(test_split, training, capsys):
-    def some(slices: Slices, count: int) -> Slices:
-        return Slices(slices.images[:count], slices.positions[:count], slices.subjects[:count])
-
-    test = some(test_split, 3)  # A single subject: many numbers are undefined.
-    slices = {"train": training, "validate": some(training, 6), "test": test}
-    images = {split: some.images / np.float32(255) for split, some in slices.items()}
-    codes = {split: [RNG.integers(0, 8, (len(some), 2, 2))] for split, some in slices.items()}
-    samples = Samples(RNG.random((3, 32, 32, 1), np.float32), codes["test"], test.positions)
-    results = Results(
-        generator=StubGenerator(math.log(2)),
-        slices=slices,
-        codes=codes,
-        reconstructions={"validate": images["validate"], "test": images["test"]},
-        samples=samples,
-        test_samples=samples,
-        sampling={"seed": 0},
-        history=[],
-        numbers={},
-    )
-    numbers = metrics.measure(results, seed=0)
-    assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
-    assert (numbers["test_slices"], numbers["test_subjects"]) == (3, 1)
-    assert numbers["ssim"] == pytest.approx(1)
-    assert numbers["ssim_interval"] == [None, None]
-    assert numbers["prior_bits_per_image"] == pytest.approx(4)
-    assert numbers["bits_per_dimension"] > numbers["prior_bits_per_dimension"] > 0
-    assert numbers["samples"]["count"] == 3
-    assert numbers["samples"]["c2st_real"] == {"accuracy": None, "accuracy_interval": [None, None]}
-    assert numbers["samples"]["mmd2"] is None
-    assert "3 samples" in capsys.readouterr().out
+def test_numbers_that_json_lacks_become_none():
+    numbers = {"a": math.nan, "b": [1.0, -math.inf, {"c": math.inf}], "d": {"e": None, "f": "nan", "g": 2, "h": True}}
+    clean = {"a": None, "b": [1.0, None, {"c": None}], "d": {"e": None, "f": "nan", "g": 2, "h": True}}
+    assert metrics.without_nan(numbers) == clean
+    assert json.loads(json.dumps(metrics.without_nan(numbers), allow_nan=False)) == clean

@@ -112,8 +112,8 @@ class StubGenerator:
         self.level_names = ("",) if num_levels == 1 else LEVELS
         self.sampled = []
 
-    def sample(self, positions, seed=0, temperature=1.0, top_k=0, top_p=1.0):
-        self.sampled.append((np.asarray(positions).tolist(), seed, temperature, top_k, top_p))
+    def sample(self, positions, seed=0, temperature=1.0, top_k=0, top_p=1.0, purpose="samples"):
+        self.sampled.append((np.asarray(positions).tolist(), seed, temperature, top_k, top_p, purpose))
         return np.random.default_rng(seed).random((len(positions), 16, 16, 1), np.float32)
 
 
@@ -139,8 +139,10 @@ def make_results(num_levels: int, note: str = "") -> Results:
         slices=dict.fromkeys(("train", "validate", "test"), slices),
         codes=dict.fromkeys(("train", "validate", "test"), codes),
         reconstructions=dict.fromkeys(("validate", "test"), decoded),
+        critic=None,
         samples=samples,
-        test_samples=samples,
+        compared=dict.fromkeys(("train", "validate", "test"), POSITIONS),
+        compared_samples=dict.fromkeys(("train", "validate", "test"), samples),
         sampling={"seed": 7, "temperature": 0.9, "top_k": 3, "top_p": 0.8},
         history=[{"stage": stage, **row} for stage in stages for row in HISTORY],
         numbers=numbers,
@@ -181,7 +183,21 @@ def test_samples_by_position_use_the_sampling_options(tmp_path):
     results = make_results(1)
     picture = next(picture for picture in plots.PICTURES if picture.name == "samples_by_position")
     picture.draw(tmp_path / "x.png", results)
-    assert results.generator.sampled == [(np.repeat(POSITIONS, 4).tolist(), 7, 0.9, 3, 0.8)]
+    (sampled,) = results.generator.sampled
+    assert sampled[:-1] == (np.repeat(POSITIONS, 4).tolist(), 7, 0.9, 3, 0.8)
+    assert sampled[-1] != "samples"  # Otherwise the picture would show the samples in samples/ again.
+
+
+def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "nearest_training_slices", lambda path, *arrays: drawn.append(arrays))
+    results = make_results(1)
+    picture = next(picture for picture in plots.PICTURES if picture.name == "nearest_training_slices")
+    picture.draw(tmp_path / "x.png", results)
+    images, nearest, labels, _ = drawn[0]
+    assert np.array_equal(images, results.compared_samples["test"].images[[2]])
+    assert np.array_equal(nearest, results.slices["train"].images[[5]] / np.float32(255))
+    assert labels == ["slice 2, RMSE 0.100"]
 
 
 def test_single_level_is_decoded_with_the_mean_vector_of_the_other():
