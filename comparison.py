@@ -167,23 +167,27 @@ class Comparison:
             return self._real_control()
         if name in ("halves", "blocks"):
             shape = (1, 2) if name == "halves" else (BLOCKS, BLOCKS)
-            patched = {split: patch_codes(part, shape, self.seed) for split, part in self.real.items()}
+            patched = {
+                split: patch_codes(part, shape, seeds.generator(self.seed, f"{name} of {split}"))
+                for split, part in self.real.items()
+            }
             fakes = {
                 split: self._fakes(self._decode(codes), codes, self.real[split].positions)
                 for split, codes in patched.items()
             }
             return self.decoded, fakes
         if name == "decoded_training_codes":
-            copies = self.decoded["train"].take(self._matched("train", 0))
+            copies = self.decoded["train"].take(self._matched("train", "decoded training codes"))
             return self.decoded, {"test": self._fakes(copies.images, copies.codes, copies.positions)}
-        spoiled = {split: self._spoil(part, name) for split, part in self.real.items()}
+        spoiled = {split: self._spoil(part, name, split) for split, part in self.real.items()}
         codes = self.results.generator.encode(spoiled["test"].images)
         return self.real, spoiled | {"test": replace(spoiled["test"], codes=codes)}
 
-    def _spoil(self, part: Part, name: str) -> Part:
+    def _spoil(self, part: Part, name: str, split: str) -> Part:
         """Blur images or add noise, depending on the name of the control. The codes are left out."""
         clean = part.images / np.float32(255)
-        images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, self.seed))
+        random = seeds.generator(self.seed, f"{name} of {split}")
+        images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, random))
         return replace(part, images=images, codes=[])
 
     def _real_control(self) -> tuple[ImageSet, ImageSet]:
@@ -202,13 +206,13 @@ class Comparison:
         second = {
             "train": parts[1],
             "validate": parts[3],
-            "test": self.real["validate"].take(self._matched("validate", 0)),
+            "test": self.real["validate"].take(self._matched("validate", "real control")),
         }
         return first, second
 
-    def _matched(self, split: str, draw: int) -> np.ndarray:
+    def _matched(self, split: str, purpose: str, draw: int = 0) -> np.ndarray:
         """Choose a slice of a split for each test slice; see `matched_slices`."""
-        return matched_slices(self.real[split], self.real["test"], seeds.generator(self.seed, "other subjects", draw))
+        return matched_slices(self.real[split], self.real["test"], seeds.generator(self.seed, purpose, draw))
 
     # --------------------------------------------------------------------------------------- measures
 
@@ -283,13 +287,14 @@ class Comparison:
         test, train, draws = self.real["test"], self.real["train"], []
         features = self._features(train.images)
         for draw in range(NUM_DRAWS):
-            index = self._matched("train", draw)
+            index = self._matched("train", "other subjects", draw)
             subjects = (test.subjects, train.subjects[index])
+            pairs = self.pairs[draw % max(len(self.pairs), 1) :: NUM_DRAWS]  # Every tenth pair takes less time.
             draws.append(
                 {
                     **two_sample.prdc(self.features, features[index], *subjects),
                     **two_sample.mmd2(self.features, features[index], *subjects),
-                    "ms_ssim_of_pairs": ms_ssim_of_pairs(train.images[index], self.pairs[draw::NUM_DRAWS]),
+                    "ms_ssim_of_pairs": ms_ssim_of_pairs(train.images[index], pairs),
                 }
             )
         means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
@@ -324,20 +329,19 @@ class Comparison:
 # ----------------------------------------------------------------------------------------------- controls
 
 
-def patch_codes(part: Part, blocks: tuple[int, int], seed: int) -> list[np.ndarray]:
+def patch_codes(part: Part, blocks: tuple[int, int], random: np.random.Generator) -> list[np.ndarray]:
     """Patch each code grid together from the grids of different subjects at the same, or the nearest, slice position.
 
     Args:
         part: Slices of one split. All levels of their codes are patched alike.
         blocks: Number of blocks, (rows, columns). The first block keeps the slice's own codes. Each other block has
             those of another subject, a different one as long as there are any.
-        seed: Determines the subjects.
+        random: Chooses the subjects.
 
     Returns:
         (N, h, w) int32 per level.
     """
-    random, count = seeds.generator(seed, "patched codes", *blocks), math.prod(blocks)
-    positions, subjects = part.positions, part.subjects
+    count, positions, subjects = math.prod(blocks), part.positions, part.subjects
     slices_of = {name: np.flatnonzero(subjects == name) for name in np.unique(subjects)}
     sources = np.empty((len(positions), count), np.int64)  # index of the slice that each block comes from
     for i, (position, subject) in enumerate(zip(positions, subjects, strict=True)):
@@ -360,12 +364,12 @@ def blur(images: np.ndarray) -> np.ndarray:
     return ndimage.gaussian_filter(images, (0, BLUR_SIGMA, BLUR_SIGMA, 0))
 
 
-def add_noise(images: np.ndarray, seed: int) -> np.ndarray:
+def add_noise(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Add Gaussian noise of standard deviation `NOISE_SIGMA` to the brain in images (N, H, W, 1) in [0, 1].
 
     The background stays black: noise there would be too easy to find.
     """
-    noise = seeds.generator(seed, "noise control").standard_normal(images.shape, np.float32) * NOISE_SIGMA
+    noise = NOISE_SIGMA * random.standard_normal(images.shape, np.float32)
     return np.clip(images + noise * (images > 0), 0, 1)
 
 

@@ -74,7 +74,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "vqvae_epochs": 15,
             "prior_filters": 64,
             "prior_blocks": 4,
-            "prior_epochs": 15,
+            "prior_epochs": 10,
         },
     ),
     "student96": (

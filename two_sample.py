@@ -103,7 +103,7 @@ def area_under_curve(
     above = 1 - fraction_below(negatives, ordered_positives)  # for each negative, the fraction of positives above it
     below = fraction_below(positives, ordered_negatives)  # for each positive, the fraction of negatives below it
     auc = float(above.mean())
-    # Half of each mean counts, so that their sum is the area; the deviations of both enter the error.
+    # The first mean is the area and the second is 0: its deviations only enter the error.
     interval = _interval_of_sum([(above, negative_subjects), (below - auc, positive_subjects)])
     return auc, _clip(interval)
 
@@ -459,15 +459,15 @@ def nearest_neighbour_metrics(distances: dict[str, np.ndarray], reference: dict[
 
     Returns:
         nn_distance_ratio_{space}: Mean distance divided by that of the test subjects.
-        near_duplicate_rate_{space}: Fraction of the set that is nearer than the nearest 1 % of the test slices; about
-            0.01 for equal distributions.
+        near_duplicate_rate_{space}: Fraction of the set that is at least as near as the nearest 1 % of the test slices;
+            about 0.01 for equal distributions.
         Both are NaN if a distance is.
     """
     numbers = {}
     for space, own in distances.items():
         unseen = reference[space]
         numbers[f"nn_distance_ratio_{space}"] = float(own.mean() / max(unseen.mean(), 1e-12))
-        nearer = np.where(np.isnan(own), np.nan, own < np.percentile(unseen, 1))
+        nearer = np.where(np.isnan(own), np.nan, own <= np.percentile(unseen, 1))
         numbers[f"near_duplicate_rate_{space}"] = float(nearer.mean()) if np.isfinite(unseen).all() else math.nan
     return numbers
 
