@@ -158,7 +158,10 @@ def train_vqvae(config: Config, run: Run | None, slices: Slices) -> tuple[Genera
 
 def train_priors(config: Config, run: Run | None, stages: list[Stage], encoder: Generator) -> Generator:
     """Train one prior per level. Returns them together with the VQ-VAE."""
-    priors = [training.train(stage, run, **options.training_settings(config)) for stage in stages]
+    settings = options.training_settings(config)
+    priors = [
+        training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)}) for stage in stages
+    ]
     return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size)
 
 
@@ -244,7 +247,7 @@ def prior_stage(config: Config, slices: Slices, codes: Codes, level: int, critic
     return Stage(
         name=names[level],
         make=lambda: networks.make_critic(config, level) if critic else networks.make_prior(config, level),
-        batches=lambda epoch: batches("train", config.seed, epoch),
+        batches=lambda epoch: batches("train", seeds.number(config.seed, names[level]), epoch),
         validation=batches("validate"),
         steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
         monitor="val_loss",

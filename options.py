@@ -23,8 +23,8 @@ import model
 Config = TypeVar("Config", bound=Any)
 
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
-SAMPLING_FIELDS = ("num_samples", "sample_positions", "temperature", "top_k", "top_p")  # May change in a finished run.
-PATH_FIELDS = ("data_dir", "start_from")  # May change; what is there is compared by its checksum.
+# Constants that only samples and what is made from them depend on: they may change in a finished run.
+SAMPLING_FIELDS = ("num_samples", "measured_slices", "sample_positions", "temperature", "top_k", "top_p")
 
 
 class ConfigError(console.UserError):
@@ -60,6 +60,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 4,
             "vqvae_epochs": 8,
             "prior_epochs": 3,
+            "measured_slices": 960,
         },
     ),
     "synthetic": (
