@@ -25,6 +25,7 @@ Config = TypeVar("Config", bound=Any)
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
 SAMPLING_FIELDS = ("num_samples", "measured_slices", "sample_positions", "temperature", "top_k", "top_p")
+PATH_FIELDS = ("data_dir", "start_from")  # May change; what is there is compared by its checksum.
 
 
 class ConfigError(console.UserError):
