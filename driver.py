@@ -273,8 +273,11 @@ def make_results(
     made_from = ["slices", "sampling", *(f"{name}.keras" for name in networks.makers(config))]
     positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
     positions["codes"] = sample_positions(config, slices)
+    arguments = options.sampling_arguments(config)
     samples = {
-        name: make_samples(run, name, generator, wanted, options.sampling_arguments(config), made_from)
+        name: make_samples(
+            run, name, generator, wanted, arguments | {"purpose": name.replace("codes", "samples")}, made_from
+        )
         for name, wanted in positions.items()
     }
     results = Results(
@@ -286,7 +289,7 @@ def make_results(
         samples=samples["codes"],
         compared=compared,
         compared_samples={split: samples[f"{split}_codes"] for split in compared},
-        sampling=options.sampling_arguments(config),
+        sampling=arguments,
         history=run.history,
         numbers={},
         note=options.data_note(config),

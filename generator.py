@@ -311,7 +311,7 @@ def make_samples(
 
     def write(*paths: Path) -> None:
         print(f"sampling {len(positions)} slices")
-        for path, indices in zip(paths, generator.sample_codes(positions, **sampling, purpose=name), strict=True):
+        for path, indices in zip(paths, generator.sample_codes(positions, **sampling), strict=True):
             np.save(path, indices)
 
     run.make(files, made_from, write)

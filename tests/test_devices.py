@@ -68,7 +68,7 @@ def drive(arguments, after_first_epoch=None, with_evaluation=False):
         if len(rows) == 1 and after_first_epoch:
             after_first_epoch()
 
-    callback = training.ResumableEarlyStopping
+    callback = training.ResumableCheckpoint
     on_epoch_end, callback.on_epoch_end = callback.on_epoch_end, record
     try:
         driver.evaluate = evaluate if with_evaluation else lambda *arguments: {}

@@ -204,7 +204,7 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     (config.run_dir / "vqvae.keras").unlink()
     make_vqvae = networks.make_vqvae
     monkeypatch.setattr(
-        driver, "make_vqvae", lambda config, variance: make_vqvae(dataclasses.replace(config, seed=1), variance)
+        networks, "make_vqvae", lambda config, variance: make_vqvae(dataclasses.replace(config, seed=1), variance)
     )
     driver.main(config)
     before, after = files(finished.run_dir), files(config.run_dir)
