@@ -212,7 +212,7 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     for name in ("prior.keras", "samples/codes.npy", "metrics.json", "images/reconstructions.png", "report.html"):
         assert before[name] != after[name]
     stages = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
-    assert stages == ["vqvae"] * 2 + ["prior"] * 2
+    assert stages == ["vqvae"] * 2 + ["prior"] * 2 + ["critic"] * 2
 
 
 def test_a_finished_run_refuses_other_slices(finished, tmp_path):
