@@ -120,7 +120,7 @@ def start(code: str, *arguments, **environment) -> subprocess.Popen:
 
 def printed(process: subprocess.Popen, status: int = 0) -> str:
     """Return the last line that a process prints, and require its exit status."""
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == status, errors
     return output.splitlines()[-1] if output else ""
 
