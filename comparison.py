@@ -381,14 +381,15 @@ def failed_controls(controls: dict[str, dict[str, Any]], reconstructions: dict[s
         reconstructions: Those of the reconstructions of the test slices.
 
     Returns:
-        For each measure, a phrase for each control that it fails. A measure with an empty list can be trusted.
+        For each measure, the controls that it fails, as in "noise (0.50 instead of at least 0.8)". A measure with an
+        empty list can be trusted.
     """
     failures: dict[str, list[str]] = {}
     real = controls["real"]
 
     def require(measure: str, control: str, value: float, holds: bool, wanted: str) -> None:
         shown = "undefined" if math.isnan(value) else f"{value:.2f}"
-        failed = [] if holds else [f"{control} is {shown}, must be {wanted}"]
+        failed = [] if holds else [f"{control} ({shown} instead of {wanted})"]
         failures[measure] = [*failures.get(measure, []), *failed]
 
     def within(interval: list[float | None]) -> bool:

@@ -105,8 +105,9 @@ class Finding:
     def add_if_reliable(self, numbers: dict[str, Any], measure: str, name: str, is_good: bool, sentence: str) -> None:
         """Add a sentence unless the measure that it rests on fails its controls."""
         failed = numbers["failed_controls"][measure]
+        reason = f"Nothing follows from {name}. Failed controls: {', '.join(failed)}."
         if failed:
-            self.open.append(f"Nothing follows from {name}, because controls fail: {'; '.join(failed)}.")
+            self.open += [reason] if reason not in self.open else []
         else:
             self.add(is_good, sentence)
 

@@ -145,7 +145,7 @@ def test_nothing_follows_from_a_measure_that_fails_its_controls(measure, title, 
     samples = {} if is_good else bad
     passed = findings_by_title(**samples)[title]
     assert mentioned([*passed.good, *passed.bad], words)
-    phrase = "halves is 0.51, must be at least 0.7"
+    phrase = "halves (0.51 instead of at least 0.7)"
     failed = findings_by_title(
         {**NUMBERS, "failed_controls": {**NUMBERS["failed_controls"], measure: [phrase]}}, **samples
     )[title]
@@ -274,7 +274,7 @@ def test_comparison_table_shows_every_measure_with_its_error(run_folder):
 def test_failed_controls_are_named_beside_the_measure(run_folder):
     rows = rows_of_table(write(run_folder), "Samples compared with real slices")
     assert not [row for row in rows if "fails its controls" in row[-1]]
-    phrase = "halves is 0.51, must be at least 0.7"
+    phrase = "halves (0.51 instead of at least 0.7)"
     page = write(run_folder, {**NUMBERS, "failed_controls": {**NUMBERS["failed_controls"], "precision": [phrase]}})
     assert phrase in page.split("<h2>Controls</h2>")[1]
     rows = rows_of_table(page, "Samples compared with real slices")
