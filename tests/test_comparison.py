@@ -398,7 +398,7 @@ def test_each_threshold_decides_about_its_measure_alone(control, measure, passin
     assert failures(passing) == {}
     ((name, (phrase,)),) = failures(failing).items()
     assert name == measure.removesuffix("_interval")
-    assert phrase.startswith(f"{control} is ")
+    assert phrase.startswith(f"{control} (")
 
 
 def test_precision_is_relative_to_reconstructions():
