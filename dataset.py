@@ -6,34 +6,26 @@
 Images are kept as uint8; only one batch at a time is converted to float32.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import os
 import stat
-import struct
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image, UnidentifiedImageError
 
 import augmentation
 import console
 import naming
 import phantom
+import pngs
 import seeds
+from pngs import DataError
 
-MAX_SIDE = 4096  # Pixels. Sixteen times the side of an OASIS slice; larger PNGs are refused before they are decoded.
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _SET_DATA_DIR = "set data_dir to the folder with the PNG slices"
-
-
-class DataError(console.UserError):
-    """Slices that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +51,15 @@ class Slices:
         images: (N, H, W, 1) uint8.
         positions: (N,) int32, slice positions counted from below.
         subjects: (N,) str, names of the subjects.
+        crop: Side of the central square of the PNGs that the images show, in pixels of the PNGs; 0 if they show all.
+        frame_size: Height and width of whole slices at the resolution of the images; 0 if the images are whole.
     """
 
     images: np.ndarray
     positions: np.ndarray
     subjects: np.ndarray
+    crop: int = 0
+    frame_size: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,6 +71,7 @@ def load(
     seed: int,
     skip_broken: bool = False,
     synthetic_subjects: int = phantom.NUM_SUBJECTS,
+    crop: int | None = 0,
 ) -> dict[str, Slices]:
     """Load the three splits. No subject and no image is in two of them.
 
@@ -86,18 +83,24 @@ def load(
         seed: Determines the synthetic slices, and the split of a folder that is not split yet.
         skip_broken: Leave out files that cannot be read and name each on standard error.
         synthetic_subjects: Number of subjects of the synthetic slices, at least 3.
+        crop: Side of the central square of each PNG that is used, in pixels of the PNG, which is then resized to
+            `image_size`. None chooses it; see `pngs.choose_crop`. 0 uses the whole PNG. Synthetic slices are whole.
 
     Returns:
         `{"train": ..., "validate": ..., "test": ...}`: `Slices` with images (N, image_size, image_size, 1).
 
     Raises:
-        DataError: There are no usable slices, a subject or image is in two splits, or a file is not a readable PNG.
+        DataError: There are no usable slices, a subject or image is in two splits, a file is not a readable PNG, or
+            `crop` cuts off a part of a brain.
     """
     if data_dir is None:
         return _synthetic_slices(image_size, seed, synthetic_subjects)
     files_of = find(data_dir, seed)
     files = [file for split in naming.SPLITS for file in files_of[split]]
-    images, decoded = decode_pngs(files, image_size, skip_broken)
+    paths = [file.path for file in files]
+    crop, side = pngs.choose_crop(paths, crop)
+    images, decoded = pngs.decode_all(paths, image_size, skip_broken, crop)
+    frame_size = round(image_size * side / crop) if crop else 0
     readable = np.array([png is not None for png in decoded])
     slices, begin = {}, 0
     for split in naming.SPLITS:
@@ -108,7 +111,8 @@ def load(
             raise DataError(f"{data_dir}: no slice of the {split} split can be read; replace the broken files")
         selection = slice(used[0], used[-1] + 1) if len(used) == len(rows) else used  # A slice makes no copy.
         positions = np.array([files[i].position for i in used], np.int32)
-        slices[split] = Slices(images[selection], positions, np.array([files[i].subject for i in used]))
+        subjects = np.array([files[i].subject for i in used])
+        slices[split] = Slices(images[selection], positions, subjects, crop, frame_size)
     _refuse_shared_images(files, decoded, [split for split in naming.SPLITS for _ in files_of[split]])
     return slices
 
@@ -288,173 +292,11 @@ def split_by_subject(files: list[SliceFile], seed: int) -> dict[str, list[SliceF
     return {split: [file for file in files if split_of.get(file.subject, "train") == split] for split in naming.SPLITS}
 
 
-# --------------------------------------------------------------------------------------------- decoding
-
-
-@dataclass(frozen=True)
-class DecodedPng:
-    """A decoded PNG.
-
-    Attributes:
-        grey: (image_size, image_size) uint8.
-        size: Width and height in pixels before resizing.
-        digest: Checksum of the grey image before resizing.
-        oddities: What is unusual about it, as descriptions that follow "slices such as ... are".
-    """
-
-    grey: np.ndarray
-    size: tuple[int, int]
-    digest: bytes
-    oddities: tuple[str, ...]
-
-
-ANIMATED = "animated: only the first frame of each is used"
-COLOURED = "in colour: they are converted to grey"
-BLANK = "of a single grey level: they are used, but show no brain"
-
-
-def decode_pngs(
-    files: list[SliceFile], image_size: int, skip_broken: bool = False
-) -> tuple[np.ndarray, list[DecodedPng | None]]:
-    """Decode PNGs in parallel, with a progress bar. Warns of unusual ones and says how many there are.
-
-    Args:
-        files: N files.
-        image_size: Height and width of the images in pixels.
-        skip_broken: Leave the images of files that cannot be read black, and name each file on standard error.
-
-    Returns:
-        images: (N, image_size, image_size, 1) uint8.
-        decoded: N items, with None for files that were left out. Their `grey` arrays are views of `images`.
-
-    Raises:
-        DataError: A file is not a PNG or is broken.
-    """
-    images = np.zeros((len(files), image_size, image_size, 1), np.uint8)
-    decoded: list[DecodedPng | None] = []
-    left_out: list[DataError] = []
-    odd: dict[str, list[Path]] = {}
-    sizes: dict[tuple[int, int], list[Path]] = {}
-
-    def decode(i: int) -> DecodedPng | DataError:
-        try:
-            png = decode_png(files[i].path, image_size)
-        except DataError as error:
-            return error
-        images[i, :, :, 0] = png.grey
-        return dataclasses.replace(png, grey=images[i, :, :, 0])
-
-    with console.progress(len(files), "slices") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for file, result in zip(files, pool.map(decode, range(len(files))), strict=True):
-                progress.update(1)
-                if isinstance(result, DecodedPng):
-                    decoded.append(result)
-                    sizes.setdefault(result.size, []).append(file.path)
-                    for oddity in result.oddities:
-                        odd.setdefault(oddity, []).append(file.path)
-                elif skip_broken:
-                    decoded.append(None)
-                    left_out.append(result)
-                else:
-                    raise DataError(
-                        f"{result}; replace or remove it, or leave out all such files with --skip-broken-slices"
-                    )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for error in left_out:
-        console.warn(f"left out: {error}")
-    for oddity, paths in odd.items():
-        console.warn(f"{len(paths)} slices such as {paths[0].name} are {oddity}")
-    _warn_of_mixed_sizes(sizes, image_size)
-    return images, decoded
-
-
-def _warn_of_mixed_sizes(sizes: dict[tuple[int, int], list[Path]], image_size: int) -> None:
-    if len(sizes) < 2:
-        return
-    (width, height), most = max(sizes.items(), key=lambda item: len(item[1]))
-    others = [path for size, paths in sizes.items() if size != (width, height) for path in paths]
-    console.warn(
-        f"{len(others)} slices such as {others[0].name} are not {width} × {height} pixels like the other {len(most)}; "
-        f"all are resized to {image_size} × {image_size}, whatever the size of a pixel in millimetres"
-    )
-
-
-def decode_png(path: Path, image_size: int) -> DecodedPng:
-    """Decode one PNG as a grey image.
-
-    Grey images of 1 to 16 bits, RGB and palette images are converted to 8-bit grey; transparent pixels become black.
-    An image that is not square is padded to a square with black, then resized with an antialiasing filter.
-
-    Raises:
-        DataError: The file is not a PNG, is broken, or has a side of more than `MAX_SIDE` pixels.
-    """
-    try:
-        size = _read_size(path)
-        with Image.open(path, formats=("PNG",)) as png:
-            if png.size != size:
-                raise ValueError("its size changes within the file")
-            oddities = [ANIMATED] if getattr(png, "is_animated", False) else []
-            grey, coloured = _to_grey(png)
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: is a broken PNG (its header is invalid)") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or f'is a broken PNG ({error})'}") from error
-    except Exception as error:  # Pillow raises exceptions of any kind for broken files.
-        raise DataError(f"{path}: is a broken PNG ({error})") from error
-    digest = hashlib.sha256(f"{size}".encode() + grey.tobytes()).digest()
-    if grey.width != grey.height:
-        side = max(grey.size)
-        square = Image.new("L", (side, side))
-        square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
-        grey = square
-    if grey.size != (image_size, image_size):
-        grey = grey.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    oddities += [COLOURED] if coloured else []
-    oddities += [BLANK] if len(set(grey.getextrema())) == 1 else []
-    return DecodedPng(np.asarray(grey), size, digest, tuple(oddities))
-
-
-def _read_size(path: Path) -> tuple[int, int]:
-    """Read width and height from a PNG's header. Raises `DataError` if it is not a PNG or too large for a slice."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise DataError(f"{path}: is not a regular file")
-    with open(path, "rb") as file:
-        header = file.read(24)
-    if not header:
-        raise DataError(f"{path}: is empty")
-    if not header.startswith(PNG_SIGNATURE):
-        raise DataError(f"{path}: is not a PNG image in spite of its name")
-    if header[12:16] != b"IHDR" or len(header) < 24:
-        raise DataError(f"{path}: is a broken PNG (it has no header)")
-    width, height = struct.unpack(">II", header[16:])
-    if max(width, height) > MAX_SIDE:
-        raise DataError(f"{path}: has {width} × {height} pixels, too large for a slice (at most {MAX_SIDE} per side)")
-    return width, height
-
-
-def _to_grey(png: Image.Image) -> tuple[Image.Image, bool]:
-    """Convert an image to 8-bit grey. Also returns whether it was in colour."""
-    if png.mode.startswith("I"):  # 16 bits
-        return Image.fromarray((np.asarray(png).astype(np.uint32) // 257).astype(np.uint8)), False
-    if "A" in png.mode or "transparency" in png.info:
-        png = png.convert("RGBA")
-        png = Image.alpha_composite(Image.new("RGBA", png.size, "black"), png)
-    if png.mode in ("1", "L"):
-        return png.convert("L"), False
-    red, green, blue = (np.asarray(channel) for channel in png.convert("RGB").split())
-    return png.convert("L"), not (np.array_equal(red, green) and np.array_equal(green, blue))
-
-
-def _refuse_shared_images(files: list[SliceFile], decoded: list[DecodedPng | None], splits: list[str]) -> None:
+def _refuse_shared_images(files: list[SliceFile], decoded: list[pngs.DecodedPng | None], splits: list[str]) -> None:
     """Raise `DataError` if the same image is in two splits under any names. Blank images are ignored."""
     first: dict[bytes, int] = {}
     for i, png in enumerate(decoded):
-        if png is None or BLANK in png.oddities:
+        if png is None or pngs.BLANK in png.oddities:
             continue
         j = first.setdefault(png.digest, i)
         if splits[j] != splits[i]:

@@ -24,7 +24,8 @@ class Config:
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
     seed: int = 0  # determines initial weights, shuffling, dropout, samples and the synthetic slices
 
-    image_size: int = 96  # height and width in pixels; slices are resized to it
+    crop: int | None = None  # side of the central square of each slice that is used; None: what the brains need; 0: all
+    image_size: int = 96  # height and width in pixels; slices are cropped and then resized to it
     grids: tuple[int, ...] = (12,)  # side of each level's code grid, one or two, the coarsest first, as in 32 64
     channels: int = 64  # of the encoder's first convolution; coarser resolutions have twice as many
     residual_blocks: int = 2  # at each code grid, in encoder and decoder; half as many at twice its resolution
@@ -34,6 +35,7 @@ class Config:
     ema_decay: float = 0.98  # γ of the moving averages
     commitment_weight: float = 0.25  # β of the commitment loss
     dead_code_threshold: float = 0.1  # fraction of the mean usage below which a code is restarted; 0 never restarts
+    background_code: bool = True  # reserve code 0 for cells that show nothing but background
     bottom_dropout: float = 0.25  # with two levels: fraction of training slices decoded from the top level alone
     mse_weight: float = 1.0  # of the mean squared error, divided by the data's variance, in the reconstruction loss
     l1_weight: float = 1.0  # of the mean absolute error
@@ -46,7 +48,7 @@ class Config:
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT
     process_index: int = 0  # of this process, from 0; only the first one writes files
-    vqvae_epochs: int = 50  # the epoch with the best validation loss is kept
+    vqvae_epochs: int = 30  # the epoch with the best validation loss is kept
     vqvae_learning_rate: float = 1e-3  # peak; it rises over the first steps, then falls to 0 along a cosine
 
     prior: Literal["gated", "plain"] = "gated"  # gated PixelCNN with two stacks, or plain masked convolutions
@@ -56,6 +58,8 @@ class Config:
     prior_kernel_size: int = 3  # of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
     prior_dropout: float = 0.2  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
+    prior_attention: int = 3  # number of attention layers, at most prior_blocks
+    prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
     prior_epochs: int = 8  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
@@ -87,19 +91,16 @@ import comparison
 import dataset
 import devices
 import metrics
-import model
-import networks
 import options
 import plots
 import report
 import seeds
+import stages
 import training
 from generator import Generator, Results, code_files, make_samples
 from run import LAST_RESULT, Run, remove, versions, write_json, write_table
+from stages import Codes, Slices
 from training import Stage
-
-Slices = dict[str, dataset.Slices]  # By split.
-Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
 
 # ------------------------------------------------------------------------------------------------ the steps
 
@@ -121,14 +122,16 @@ def main(config: Config) -> dict[str, Any]:
         slices = load_slices(config)
         fingerprint, positions = dataset.fingerprint(slices), np.unique(slices["train"].positions)
         options.check_same_in_all_processes(config, fingerprint)
-        found = training.initial_networks(config.start_from, networks.makers(config), run) if run else {}
-        with run.start(fingerprint, found, slice_positions=positions.tolist()) if run else contextlib.nullcontext():
+        found = training.initial_networks(config.start_from, stages.makers(config), run) if run else {}
+        facts = {"slice_positions": positions.tolist(), "crop": slices["train"].crop}
+        with run.start(fingerprint, found, **facts) if run else contextlib.nullcontext():
             if devices.broadcast_from_main(run is not None and run.is_complete()):
                 print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
                 return summarize(config, run) if run else {}
             encoder, codes = train_vqvae(config, run, slices)
-            generator = train_priors(config, run, prior_stages(config, slices, codes), encoder)
-            critic = train_priors(config, run, prior_stages(config, slices, codes, critic=True), encoder)
+            generator = train_priors(config, run, stages.prior_stages(config, slices, codes, encoder), encoder)
+            critic_stages = stages.prior_stages(config, slices, codes, encoder, critic=True)
+            critic = train_priors(config, run, critic_stages, encoder)
             devices.shutdown()
             if not run:
                 return {}
@@ -140,8 +143,15 @@ def load_slices(config: Config) -> Slices:
     """Load the slices and print what they are."""
     print(f"data: {config.data_dir}" if config.data_dir else "data: SYNTHETIC slices, because data_dir is not set")
     slices = dataset.load(
-        config.data_dir, config.image_size, config.seed, config.skip_broken_slices, config.synthetic_subjects
+        config.data_dir,
+        config.image_size,
+        config.seed,
+        config.skip_broken_slices,
+        config.synthetic_subjects,
+        config.crop,
     )
+    if crop := slices["train"].crop:
+        print(f"using the central {crop} × {crop} pixels of each slice")
     for split, split_slices in slices.items():
         print(f"  {split}: {len(split_slices)} slices of {len(set(split_slices.subjects))} subjects")
     print(devices.describe(config.devices))
@@ -151,16 +161,16 @@ def load_slices(config: Config) -> Slices:
 
 def train_vqvae(config: Config, run: Run | None, slices: Slices) -> tuple[Generator, Codes]:
     """Train the VQ-VAE. Returns it without priors, and the code indices of the slices."""
-    vqvae = training.train(vqvae_stage(config, slices), run, **options.training_settings(config))
+    vqvae = training.train(stages.vqvae_stage(config, slices), run, **options.training_settings(config))
     encoder = Generator(vqvae, [], np.unique(slices["train"].positions), config.batch_size)
     return encoder, {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
 
 
-def train_priors(config: Config, run: Run | None, stages: list[Stage], encoder: Generator) -> Generator:
+def train_priors(config: Config, run: Run | None, wanted: list[Stage], encoder: Generator) -> Generator:
     """Train one prior per level. Returns them together with the VQ-VAE."""
     settings = options.training_settings(config)
     priors = [
-        training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)}) for stage in stages
+        training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)}) for stage in wanted
     ]
     return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size)
 
@@ -206,59 +216,6 @@ def summarize(config: Config, run: Run) -> dict[str, Any]:
     return numbers
 
 
-# ----------------------------------------------------------------------------------------------- the stages
-
-
-def vqvae_stage(config: Config, slices: Slices) -> Stage:
-    """How the VQ-VAE is trained."""
-    train, shard = slices["train"], devices.process_index_and_count()
-    variance = dataset.pixel_variance(train)
-    return Stage(
-        name="vqvae",
-        make=lambda: networks.make_vqvae(config, variance),
-        batches=lambda epoch: dataset.image_batches(
-            train, config.batch_size, config.seed, epoch, config.augment, shard
-        ),
-        validation=dataset.image_batches(slices["validate"], config.batch_size, shard=shard),
-        steps=dataset.steps_per_epoch(len(train), config.batch_size),
-        monitor="val_reconstruction",
-        epochs=config.vqvae_epochs,
-        learning_rate=config.vqvae_learning_rate,
-        shown=("reconstruction", "ssim"),
-        learning_rate_option="vqvae_learning_rate",
-    )
-
-
-def prior_stages(config: Config, slices: Slices, codes: Codes, critic: bool = False) -> list[Stage]:
-    """How the priors, or the critics, are trained on code indices, the coarsest level first."""
-    return [prior_stage(config, slices, codes, level, critic) for level in range(len(config.grids))]
-
-
-def prior_stage(config: Config, slices: Slices, codes: Codes, level: int, critic: bool = False) -> Stage:
-    """How the prior, or the critic, of one level is trained on code indices; level 0 is the coarsest."""
-    shard, num_levels = devices.process_index_and_count(), len(config.grids)
-    names = model.critic_names(num_levels) if critic else model.prior_names(num_levels)
-
-    def batches(split: str, seed: int | None = None, epoch: int = 0) -> Any:
-        inputs = {"codes": codes[split][level], "positions": slices[split].positions}
-        inputs |= {"coarse": codes[split][level - 1]} if level else {}
-        return dataset.code_batches(inputs, config.batch_size, seed, epoch, shard)
-
-    return Stage(
-        name=names[level],
-        make=lambda: networks.make_critic(config, level) if critic else networks.make_prior(config, level),
-        batches=lambda epoch: batches("train", seeds.number(config.seed, names[level]), epoch),
-        validation=batches("validate"),
-        steps=dataset.steps_per_epoch(len(slices["train"]), config.batch_size),
-        monitor="val_loss",
-        epochs=config.prior_epochs,
-        learning_rate=config.prior_learning_rate,
-        made_from=("slices", "vqvae.keras"),
-        shown=("bits_per_code",),
-        learning_rate_option="prior_learning_rate",
-    )
-
-
 # ------------------------------------------------------------------------------------------------- samples
 
 
@@ -270,7 +227,7 @@ def make_results(
         split: comparison.choose_subjects(split_slices, config.measured_slices, config.seed)
         for split, split_slices in slices.items()
     }
-    made_from = ["slices", "sampling", *(f"{name}.keras" for name in networks.makers(config))]
+    made_from = ["slices", "sampling", *(f"{name}.keras" for name in stages.makers(config))]
     positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
     positions["codes"] = sample_positions(config, slices)
     arguments = options.sampling_arguments(config)

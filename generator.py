@@ -7,7 +7,7 @@ images = generator.sample([10, 12], seed=1, temperature=0.9)     # (2, 96, 96, 1
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import keras
 import numpy as np
 from PIL import Image
 
+import augmentation
 import dataset
 import model
 import sampling
@@ -81,11 +82,12 @@ class Generator:
         """Number of codes of each codebook, K."""
         return self.vqvae.quantizers[0].num_embeddings
 
-    def encode(self, images: np.ndarray) -> list[np.ndarray]:
+    def encode(self, images: np.ndarray, parameters: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
         """Encode images.
 
         Args:
             images: (N, H, W, 1) or (N, H, W), uint8 or floats in [0, 1], of the size that the VQ-VAE was trained on.
+            parameters: Those of an augmentation that is applied first, (N, ...) each; see `augmentation.draw`.
 
         Returns:
             Code indices, (N, h, w) int32 per level.
@@ -98,7 +100,15 @@ class Generator:
             images = images[..., None]
         if images.shape[1:] != (size, size, 1):
             raise ValueError(f"images have the shape {images.shape}: must be (N, {size}, {size}, 1)")
-        return self._in_batches(lambda batch: self.vqvae.encode(_to_float(batch)), [images], "slices encoded")
+        parameters = parameters or {}
+
+        def encode(batch: np.ndarray, *drawn: np.ndarray) -> list[Any]:
+            batch = _to_float(batch)
+            if drawn:
+                batch = np.asarray(augmentation.apply(batch, dict(zip(parameters, drawn, strict=True))))
+            return self.vqvae.encode(batch)
+
+        return self._in_batches(encode, [images, *parameters.values()], "slices encoded")
 
     def decode(self, codes: Sequence[np.ndarray]) -> np.ndarray:
         """Decode code indices, (N, h, w) per level, to images (N, H, W, 1) float32 in [0, 1]."""

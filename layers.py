@@ -1,11 +1,8 @@
-"""Building blocks of the networks: SSIM, vector quantizer, residual block, and masked convolutions.
+"""Building blocks of the VQ-VAE: SSIM, vector quantizer and residual block.
 
 References:
     Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity"
     van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE)
-    van den Oord et al. 2016a, "Pixel Recurrent Neural Networks" (PixelCNN)
-    van den Oord et al. 2016b, "Conditional Image Generation with PixelCNN Decoders" (gated PixelCNN)
-    Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models" (cached sampling)
 
 Every sublayer has an explicit name, because saved files contain the names and those that Keras generates depend on
 which layers were created before. No layer needs `get_config`: Keras generates it from the arguments.
@@ -13,7 +10,6 @@ which layers were created before. No layer needs `get_config`: Keras generates i
 
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -24,7 +20,6 @@ PACKAGE = "oasis_vqvae"  # package name under which the classes are registered i
 
 Tensor: TypeAlias = Any  # a tensor of the backend, or anything that the backend converts to one
 Shape: TypeAlias = tuple[int | None, ...]
-State: TypeAlias = dict[str, Tensor]  # what a layer keeps during cached sampling, see sampling.CachedLayer
 
 
 # ------------------------------------------------------------------------------------------------- SSIM
@@ -166,6 +161,9 @@ class VectorQuantizer(keras.layers.Layer):
     vector of the batch, and its count and sum are reset to match. Counts start at zero, so the first training batch
     initialises the whole codebook. The codebook changes in training only, and never while `trainable` is False.
 
+    With `background_code`, code 0 is reserved for cells that show nothing but background: its vector is zero, `call`
+    and `nearest` are told where it is used, and no other cell gets it. The counts and the metrics leave it out.
+
     The layer computes in float32 under every dtype policy. Used alone in a model, it adds its losses through `losses`.
     `VQVAE` calls `loss_and_metrics` instead.
 
@@ -178,6 +176,7 @@ class VectorQuantizer(keras.layers.Layer):
         dead_code_threshold: Fraction of the mean count below which a code is dead. 0 disables replacement.
         seed: Seed for choosing the vectors that replace dead codes.
         prefix: Prefix of the names of the metrics, for models with several codebooks.
+        background_code: Whether code 0 is reserved for background.
 
     Attributes:
         last_call: Losses, code counts and batch size of the last call in the current thread.
@@ -199,6 +198,7 @@ class VectorQuantizer(keras.layers.Layer):
         dead_code_threshold: float = 0.1,
         seed: int = 0,
         prefix: str = "",
+        background_code: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**{**kwargs, "dtype": "float32"})
@@ -207,6 +207,7 @@ class VectorQuantizer(keras.layers.Layer):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.commitment_weight, self.codebook, self.decay = commitment_weight, codebook, decay
         self.dead_code_threshold, self.seed, self.prefix = dead_code_threshold, seed, prefix
+        self.background_code = background_code
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.codebook_loss = keras.metrics.Mean(name=f"{prefix}codebook")
         self.commitment_loss = keras.metrics.Mean(name=f"{prefix}commitment")
@@ -219,20 +220,31 @@ class VectorQuantizer(keras.layers.Layer):
         state = {"trainable": False, "aggregation": "mean"}
         trained = self.codebook == "gradient"
         self.embeddings = self.add_weight(
-            shape=shape, initializer="random_normal", name="embeddings", **({} if trained else state)
+            shape=shape, initializer=self._initial_codes, name="embeddings", **({} if trained else state)
         )
         self.counts = self.add_weight(shape=shape[:1], initializer="zeros", name="counts", **state)
         if self.codebook == "ema":
             self.sums = self.add_weight(shape=shape, initializer="zeros", name="sums", **state)
 
-    def call(self, inputs: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Quantize vectors (B, h, w, D), and update the codebook if `training`, unless `trainable` is False.
+    def _initial_codes(self, shape: Shape, dtype: str | None = None) -> Tensor:
+        codes = keras.initializers.RandomNormal()(shape, dtype)
+        return ops.concatenate([ops.zeros_like(codes[:1]), codes[1:]]) if self.background_code else codes
+
+    def call(self, inputs: Tensor, background: Tensor | None = None, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Quantize vectors, and update the codebook if `training`, unless `trainable` is False.
+
+        Args:
+            inputs: Vectors (B, h, w, D).
+            background: Which cells get code 0, (B, h, w) bool. Needed with `background_code`, and ignored without.
+            training: See above.
 
         Returns:
             Quantized vectors (B, h, w, D) float32 and code indices (B, h, w) int32.
         """
         inputs = ops.cast(inputs, "float32")
-        indices = self.nearest(inputs)  # (B, h, w)
+        if self.background_code:
+            inputs = ops.where(ops.expand_dims(background, -1), 0.0, inputs)
+        indices = self.nearest(inputs, background)  # (B, h, w)
         quantized = self.lookup(indices)  # (B, h, w, D)
 
         codebook_loss = ops.mean(ops.square(ops.stop_gradient(inputs) - quantized))
@@ -241,6 +253,8 @@ class VectorQuantizer(keras.layers.Layer):
         if self.codebook == "gradient":
             self.add_loss(codebook_loss)
         one_hot = ops.one_hot(ops.reshape(indices, (-1,)), self.num_embeddings, dtype="float32")  # (B·h·w, K)
+        if self.background_code:
+            one_hot = one_hot * ops.cast(ops.arange(self.num_embeddings) > 0, "float32")
         self.last_call.codebook_loss = codebook_loss
         self.last_call.commitment_loss = commitment_loss
         self.last_call.counts = ops.sum(one_hot, axis=0)
@@ -261,11 +275,14 @@ class VectorQuantizer(keras.layers.Layer):
         self.usage.update_state(last.counts)
         return last.commitment_loss + last.codebook_loss if self.codebook == "gradient" else last.commitment_loss
 
-    def nearest(self, inputs: Tensor) -> Tensor:
-        """Return the index of the code nearest to each vector: (..., D) -> (...) int32."""
+    def nearest(self, inputs: Tensor, background: Tensor | None = None) -> Tensor:
+        """Return the index of the code nearest to each vector: (..., D) -> (...) int32; see `call` for `background`."""
+        first = int(self.background_code)
+        codes = self.embeddings[first:]
         # ‖z‖² is the same for every code and left out
-        products = ops.matmul(ops.cast(inputs, "float32"), ops.transpose(self.embeddings))  # (..., K)
-        return ops.cast(ops.argmin(ops.sum(ops.square(self.embeddings), axis=1) - 2 * products, axis=-1), "int32")
+        products = ops.matmul(ops.cast(inputs, "float32"), ops.transpose(codes))  # (..., K)
+        indices = ops.cast(ops.argmin(ops.sum(ops.square(codes), axis=1) - 2 * products, axis=-1), "int32") + first
+        return ops.where(background, 0, indices) if self.background_code else indices
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codebook vectors of code indices: (B, h, w) int32 -> (B, h, w, D) float32."""
@@ -279,7 +296,7 @@ class VectorQuantizer(keras.layers.Layer):
         (index, replicas), num_vectors = replica_index_and_count(), ops.shape(vectors)[0]
         batch_counts = sum_over_replicas(ops.sum(one_hot, axis=0))
         counts = self.decay * self.counts + (1 - self.decay) * batch_counts
-        threshold = self.dead_code_threshold * ops.cast(replicas * num_vectors, "float32") / self.num_embeddings
+        threshold = self.dead_code_threshold * ops.mean(batch_counts)
         dead = counts < threshold
         # All replicas choose the same vectors. Each contributes those that it has.
         chosen = keras.random.randint((self.num_embeddings,), 0, replicas * num_vectors, seed=self.seed_generator)
@@ -287,6 +304,8 @@ class VectorQuantizer(keras.layers.Layer):
         is_local = (chosen >= 0) & (chosen < num_vectors)
         replacements = ops.take(vectors, ops.clip(chosen, 0, num_vectors - 1), axis=0)  # (K, D)
         replacements = sum_over_replicas(ops.where(is_local[:, None], replacements, 0.0))
+        if self.background_code:  # code 0 stays, and a code is not replaced by the vector of the background
+            dead = dead & ops.any(replacements != 0, axis=1) & (ops.arange(self.num_embeddings) > 0)
 
         self.counts.assign(ops.where(dead, threshold, counts))
         if self.codebook == "gradient":
@@ -326,275 +345,3 @@ class ResidualBlock(keras.layers.Layer):
         """(B, h, w, filters) -> the same shape."""
         inner = self.inner(ops.relu(self.inner_norm(inputs)))
         return inputs + self.outer(ops.relu(self.outer_norm(inner)))
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class MaskedConv2D(keras.layers.Layer):
-    """Convolution whose output at a cell depends only on cells that come earlier in raster order.
-
-    `mask` determines which taps of the k × k kernel remain (van den Oord et al. 2016b, section 2.2 and figure 1):
-
-        "A", "B"                          the rows above, and the cells to the left; B also the centre
-        "vertical A", "vertical B"        the rows above; B also the whole current row
-        "horizontal A", "horizontal B"    the cells to the left; B also the centre
-
-    Only the rows and columns of the kernel that contain a tap are stored. The remaining masked taps are zeroed by
-    multiplying the kernel with the mask in `call`.
-
-    `call` convolves a whole grid, for training. Cached sampling computes the same output piece by piece: `next_row`
-    applies the part of the kernel that covers complete rows, once per row, and `next_cell` the part that covers the
-    current row, once per cell. If a mask has both parts, the output is their sum. Each part has a cache of recent
-    inputs (Ramachandran et al. 2017), at first zeros like the padding.
-
-    Args:
-        filters: Number of output channels.
-        kernel_size: k, odd.
-        mask: See above.
-        dilation: Distance between taps.
-
-    Raises:
-        ValueError: If `kernel_size` is even, or `mask` is unknown.
-    """
-
-    def __init__(self, filters: int, kernel_size: int, mask: str, dilation: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}: must be odd, because an even kernel has no centre")
-        self.filters, self.kernel_size, self.mask, self.dilation = filters, kernel_size, mask, dilation
-        taps = self._taps()
-        rows, columns = (np.flatnonzero(taps.any(axis)) for axis in (1, 0))
-        self.taps = taps[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        # Number of zeros to add before and after each axis so that the centre of the kernel lies on the output cell.
-        # Negative if the last tap lies before the centre: that many cells are removed from the end instead.
-        centre = kernel_size // 2
-        self.margins = [((centre - t[0]) * dilation, (t[-1] - centre) * dilation) for t in (rows, columns)]
-        # For cached sampling: the number of kernel rows that cover complete rows, the number of taps in the current
-        # row, and how many recent rows and cells they span.
-        self.row_taps = {"v": len(rows), "h": 0}.get(mask[0], centre)
-        self.cell_taps = 0 if mask[0] == "v" else centre + mask.endswith("B")
-        self.row_span = self.row_taps * dilation - (dilation - 1) * (mask == "vertical B")
-        self.cell_span = self.cell_taps * dilation - (dilation - 1) * mask.endswith("B")
-
-    def _taps(self) -> np.ndarray:
-        """Return the mask of the whole kernel, (k, k) float32 of 0 and 1."""
-        size, centre = self.kernel_size, self.kernel_size // 2
-        row, column = np.indices((size, size)) - centre
-        taps = {
-            "A": (row < 0) | (row == 0) & (column < 0),
-            "B": (row < 0) | (row == 0) & (column <= 0),
-            "vertical A": row < 0,
-            "vertical B": row <= 0,
-            "horizontal A": (row == 0) & (column < 0),
-            "horizontal B": (row == 0) & (column <= 0),
-        }
-        if self.mask not in taps:
-            raise ValueError(f"mask is {self.mask!r}: choose one of {', '.join(taps)}")
-        return taps[self.mask].astype(np.float32)
-
-    def build(self, input_shape: Shape) -> None:
-        shape = (*self.taps.shape, input_shape[-1], self.filters)
-        self.kernel = self.add_weight(shape=shape, initializer="he_normal", name="kernel")
-        self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
-
-    def call(self, inputs: Tensor) -> Tensor:
-        """(B, h, w, C) -> (B, h, w, filters)."""
-        (top, bottom), (left, right) = self.margins
-        height, width = inputs.shape[1:3]
-        inputs = inputs[:, : height + min(bottom, 0), : width + min(right, 0)]
-        inputs = ops.pad(inputs, ((0, 0), (top, max(bottom, 0)), (left, max(right, 0)), (0, 0)))
-        kernel = self.kernel
-        if not self.taps.all():
-            kernel = kernel * ops.cast(self.taps[:, :, None, None], kernel.dtype)
-        return ops.conv(inputs, kernel, padding="valid", dilation_rate=self.dilation) + self.bias
-
-    def empty_rows(self, batch_size: Any, width: int) -> Tensor:
-        """Return the cache of `next_row` before the first row: (B, row_span, w, C)."""
-        return ops.zeros((batch_size, self.row_span, width, self.kernel.shape[2]))
-
-    def empty_cells(self, batch_size: Any) -> Tensor:
-        """Return the cache of `next_cell` at the start of a row: (B, cell_span, C)."""
-        return ops.zeros((batch_size, self.cell_span, self.kernel.shape[2]))
-
-    def next_row(self, rows: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new cache, and what complete rows contribute to an output row, with the bias: (B, w, filters).
-
-        `newest` (B, w, C) is the input row above the output row or, for "vertical B", the one at the output row.
-        """
-        rows = ops.concatenate([rows[:, 1:], newest[:, None]], axis=1)
-        side = self.kernel_size // 2 * self.dilation
-        padded = ops.pad(rows[:, :: self.dilation], ((0, 0), (0, 0), (side, side), (0, 0)))
-        kernel = self.kernel[: self.row_taps]
-        return rows, ops.conv(padded, kernel, padding="valid", dilation_rate=(1, self.dilation))[:, 0] + self.bias
-
-    def next_cell(self, cells: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new cache, and what the current row contributes to an output cell: (B, filters).
-
-        `newest` (B, C) is the input to the left of the output cell or, for a mask B, the one at the output cell. The
-        bias is included unless `next_row` adds it.
-        """
-        cells = ops.concatenate([cells[:, 1:], newest[:, None]], axis=1)
-        kernel = ops.reshape(self.kernel[-1, : self.cell_taps], (-1, self.filters))
-        output = ops.reshape(cells[:, :: self.dilation], (-1, kernel.shape[0])) @ kernel
-        return cells, output if self.row_taps else output + self.bias
-
-
-# --------------------------------------------------------------------------------------------- PixelCNN layers
-#
-# A layer maps stacks of features to new ones: (vertical, horizontal) in the gated PixelCNN, (horizontal,) in the plain
-# one. `call` computes whole grids, for training. `start`, `row` and `cell` compute the same cell by cell, for sampling;
-# `sampling.CachedLayer` describes them.
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class Stem(keras.layers.Layer):
-    """First layer of the PixelCNN: masked convolutions of type A, plus a learned vector for each place in the grid.
-
-    Args:
-        filters: Number of channels of each stack.
-        kernel_size: Kernel size, odd.
-        grid_size: (h, w) of the grid.
-        gated: Whether there are two stacks, each with a convolution of its own, or one.
-    """
-
-    def __init__(self, filters: int, kernel_size: int, grid_size: Sequence[int], gated: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.gated = gated
-        shape = (*grid_size, filters)
-        self.position_embedding = self.add_weight(shape=shape, initializer="zeros", name="position_embedding")
-        if gated:
-            self.vertical = MaskedConv2D(filters, kernel_size, "vertical A", name="vertical")
-            self.horizontal = MaskedConv2D(filters, kernel_size, "horizontal A", name="horizontal")
-        else:
-            self.vertical = self.horizontal = MaskedConv2D(filters, kernel_size, "A", name="masked")
-
-    def call(self, embedded: Tensor) -> tuple[Tensor, ...]:
-        """Return the stacks, (B, h, w, filters) each, of embedded codes (B, h, w, C)."""
-        vertical = self.vertical(embedded) + self.position_embedding
-        return (vertical, self.horizontal(embedded) + vertical) if self.gated else (vertical,)
-
-    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
-        return {"rows": self.vertical.empty_rows(batch_size, grid_size[1])}
-
-    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
-        rows, above = self.vertical.next_row(state["rows"], vertical)
-        above = above + ops.take(self.position_embedding, row, axis=0)
-        cells = self.horizontal.empty_cells(ops.shape(vertical)[0])
-        return {"rows": rows, "cells": cells, "above": ops.swapaxes(above, 0, 1)}, above
-
-    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
-        cells, left = self.horizontal.next_cell(state["cells"], horizontal)
-        return {**state, "cells": cells}, left + ops.take(state["above"], column, axis=0)
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class GatedBlock(keras.layers.Layer):
-    """Layer of the gated PixelCNN (van den Oord et al. 2016b, figure 2), with residual connections in both stacks.
-
-    The vertical stack at (r, c) sees the rows above r. The horizontal stack adds the cells to the left of c in row r.
-    Only the vertical stack feeds the other one, so neither depends on a later cell.
-
-    Args:
-        filters: Number of channels of each stack.
-        kernel_size, dilation: Those of the masked convolutions.
-        dropout: Dropout rate of the horizontal stack.
-        last: Whether this is the last block, after which nothing reads the vertical stack.
-    """
-
-    def __init__(
-        self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, last: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.vertical = MaskedConv2D(2 * filters, kernel_size, "vertical B", dilation, name="vertical")
-        self.horizontal = MaskedConv2D(2 * filters, kernel_size, "horizontal B", dilation, name="horizontal")
-        self.across = keras.layers.Dense(2 * filters, use_bias=False, name="across")  # vertical to horizontal stack
-        self.condition = keras.layers.Dense(2 * filters, use_bias=False, name="condition")
-        self.vertical_out = None if last else keras.layers.Dense(filters, name="vertical_out")
-        self.horizontal_out = keras.layers.Dense(filters, name="horizontal_out")
-        self.dropout = keras.layers.Dropout(dropout, name="dropout")
-
-    def call(self, stacks: tuple[Tensor, ...], condition: Tensor, training: bool = False) -> tuple[Tensor, ...]:
-        """Return the new stacks, (B, h, w, filters) each, given `condition` (B, h or 1, w or 1, filters)."""
-        vertical, horizontal = stacks
-        above, condition = self.vertical(vertical), self.condition(condition)
-        gate = self.horizontal(horizontal) + self.across(above) + condition
-        return self._update_vertical(vertical, above + condition), self._update_horizontal(horizontal, gate, training)
-
-    def _update_vertical(self, vertical: Tensor, gate: Tensor) -> Tensor:
-        return vertical if self.vertical_out is None else vertical + self.vertical_out(gated_activation(gate))
-
-    def _update_horizontal(self, horizontal: Tensor, gate: Tensor, training: bool = False) -> Tensor:
-        return horizontal + self.horizontal_out(self.dropout(gated_activation(gate), training=training))
-
-    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
-        return {"rows": self.vertical.empty_rows(batch_size, grid_size[1])}
-
-    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
-        rows, above = self.vertical.next_row(state["rows"], vertical)
-        condition, cells = self.condition(condition), self.horizontal.empty_cells(ops.shape(vertical)[0])
-        state = {"rows": rows, "cells": cells, "above": ops.swapaxes(self.across(above) + condition, 0, 1)}
-        return state, self._update_vertical(vertical, above + condition)
-
-    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
-        cells, left = self.horizontal.next_cell(state["cells"], horizontal)
-        gate = left + ops.take(state["above"], column, axis=0)
-        return {**state, "cells": cells}, self._update_horizontal(horizontal, gate)
-
-
-def gated_activation(features: Tensor) -> Tensor:
-    """Return tanh(a) · σ(b) of channels (..., 2 · C) split into a and b (van den Oord et al. 2016b, equation 2)."""
-    a, b = ops.split(features, 2, axis=-1)
-    return ops.tanh(a) * ops.sigmoid(b)
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class PlainBlock(keras.layers.Layer):
-    """Residual block of the plain PixelCNN (van den Oord et al. 2016a, figure 5).
-
-    A 1 × 1 convolution, a masked convolution of type B and another 1 × 1 convolution, each after a ReLU.
-
-    Args:
-        filters: Number of channels of input and output.
-        kernel_size, dilation: Those of the masked convolution.
-        dropout: Dropout rate before the last convolution.
-    """
-
-    def __init__(self, filters: int, kernel_size: int, dilation: int = 1, dropout: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reduce = keras.layers.Dense(filters // 2, name="reduce")
-        self.masked = MaskedConv2D(filters // 2, kernel_size, "B", dilation, name="masked")
-        self.expand = keras.layers.Dense(filters, name="expand")
-        self.condition = keras.layers.Dense(filters // 2, use_bias=False, name="condition")
-        self.dropout = keras.layers.Dropout(dropout, name="dropout")
-
-    def call(self, stacks: tuple[Tensor, ...], condition: Tensor, training: bool = False) -> tuple[Tensor, ...]:
-        """Return the new stack, (B, h, w, filters), given `condition` (B, h or 1, w or 1, filters)."""
-        inner = self.masked(self._reduce(stacks[0])) + self.condition(condition)
-        return (self._update(stacks[0], inner, training),)
-
-    def _reduce(self, features: Tensor) -> Tensor:
-        return ops.relu(self.reduce(ops.relu(features)))
-
-    def _update(self, features: Tensor, inner: Tensor, training: bool = False) -> Tensor:
-        return features + self.expand(self.dropout(ops.relu(inner), training=training))
-
-    def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
-        rows = self.masked.empty_rows(batch_size, grid_size[1])
-        return {"rows": rows, "newest": ops.swapaxes(rows[:, 0], 0, 1)}  # the row above is written cell by cell
-
-    def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
-        rows, above = self.masked.next_row(state["rows"], ops.swapaxes(state["newest"], 0, 1))
-        above = ops.swapaxes(above + self.condition(condition), 0, 1)
-        cells = self.masked.empty_cells(ops.shape(rows)[0])
-        return {"rows": rows, "newest": state["newest"], "cells": cells, "above": above}, vertical
-
-    def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
-        reduced = self._reduce(horizontal)
-        cells, left = self.masked.next_cell(state["cells"], reduced)
-        newest = write(state["newest"], column, reduced)
-        inner = left + ops.take(state["above"], column, axis=0)
-        return {**state, "cells": cells, "newest": newest}, self._update(horizontal, inner)
-
-
-def write(array: Tensor, index: Tensor, entry: Tensor) -> Tensor:
-    """Return an array (n, ...) in which the item at an index, a scalar, is replaced by an entry (...)."""
-    return ops.scatter_update(array, ops.reshape(ops.cast(index, "int32"), (1, 1)), entry[None])

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ import model
 import two_sample
 from dataset import Slices
 from generator import Results
+from pngs import BRAIN_THRESHOLD
 
-BRAIN_THRESHOLD = 0.05  # Pixels of the original that are brighter than this belong to the brain.
 RECONSTRUCTION_METRICS = ("ssim", "ssim_brain", "ms_ssim", "psnr_db", "mae")  # One number per slice each.
 
 
@@ -26,13 +27,17 @@ def measure(results: Results) -> dict[str, Any]:
         results: Everything that a run has produced. `results.numbers` is not used.
 
     Returns:
-        The sizes of the test split (`test_slices`, `test_subjects`) and the numbers of `reconstruction_metrics`,
-        `code_and_prior_metrics` and `likelihood_metrics`.
+        The sizes of the test split (`test_slices`, `test_subjects`); `crop`, see `dataset.Slices`; `frame_size`, the
+        height and width of the whole slices that the reconstructions are measured on; and the numbers of
+        `reconstruction_metrics`, `code_and_prior_metrics` and `likelihood_metrics`.
     """
+    results = whole_slices(results)
     test, reconstructions = results.slices["test"], results.reconstructions["test"]
     numbers: dict[str, Any] = {
         "test_slices": len(test),
         "test_subjects": len(set(test.subjects)),
+        "crop": test.crop,
+        "frame_size": test.images.shape[1],
         **reconstruction_metrics(test, reconstructions),
         **code_and_prior_metrics(results),
     }
@@ -46,6 +51,7 @@ def slice_rows(results: Results) -> list[dict[str, Any]]:
         One dictionary per slice: subject, position, each of `RECONSTRUCTION_METRICS`, and the nats of its codes under
         the prior of each level.
     """
+    results = whole_slices(results)
     test = results.slices["test"]
     columns: dict[str, Any] = {"subject": test.subjects, "position": test.positions}
     columns |= metrics_by_slice(test.images, results.reconstructions["test"])
@@ -66,6 +72,30 @@ def without_nan(value: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------- reconstructions
+
+
+def whole_slices(results: Results) -> Results:
+    """Put cropped slices and their reconstructions back into a black frame, for numbers that others can compare with.
+
+    Args:
+        results: Everything that a run has produced.
+
+    Returns:
+        The same, with all images of `results.slices` and `results.reconstructions` of the size `Slices.frame_size`.
+    """
+
+    def framed(images: np.ndarray, frame_size: int) -> np.ndarray:
+        margin = frame_size - images.shape[1]
+        return np.pad(images, ((0, 0), *2 * [(margin // 2, margin - margin // 2)], (0, 0)))
+
+    sizes = {split: slices.frame_size for split, slices in results.slices.items()}
+    if not any(sizes.values()):
+        return results
+    return replace(
+        results,
+        slices={split: replace(s, images=framed(s.images, sizes[split])) for split, s in results.slices.items()},
+        reconstructions={split: framed(images, sizes[split]) for split, images in results.reconstructions.items()},
+    )
 
 
 def reconstruction_metrics(slices: Slices, reconstructions: np.ndarray) -> dict[str, Any]:

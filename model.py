@@ -18,12 +18,10 @@ import numpy as np
 from keras import ops
 
 import seeds
+from augmentation import NUM_PARAMETERS
 from layers import (
     PACKAGE,
-    GatedBlock,
-    PlainBlock,
     ResidualBlock,
-    Stem,
     Tensor,
     VectorQuantizer,
     replica_index_and_count,
@@ -31,6 +29,7 @@ from layers import (
     ssim_map,
     sum_over_replicas,
 )
+from masked import CausalAttention, GatedBlock, PlainBlock, Stem
 
 # --------------------------------------------------------------------------------------------- levels
 
@@ -97,6 +96,10 @@ class VQVAE(keras.Model):
     codebook collapses. In training, therefore, a fraction `bottom_dropout` of the images is decoded with all bottom
     vectors replaced by their mean. The top level then learns to encode as much of the image as it can.
 
+    With a `background_threshold`, the cells of a grid that show nothing but background are encoded as code 0, whose
+    vector is zero, and the cells of the finest grid with this code are decoded to black. No other cell gets it. No code
+    is then spent on details of the brain outside of the brain, and no sample has anything in the background.
+
     An encoder halves its input with 4 × 4 convolutions of stride 2. The first convolution on the image has `channels`
     channels, all others twice as many. At the resolution of the level's grid they are followed by `residual_blocks`
     residual blocks, and at twice that resolution by half as many. Decoders mirror the encoders with transposed
@@ -117,6 +120,8 @@ class VQVAE(keras.Model):
         data_variance: Variance of all pixels of the training images, in [0, 1].
         bottom_dropout: Fraction of the training images that are decoded from the top level alone. Ignored with one
             level.
+        background_threshold: Grey level, on the [0, 1] scale, up to which a pixel counts as background. None treats
+            background like everything else.
 
     Raises:
         ValueError: If the grids are not possible (see `check_grids`).
@@ -145,6 +150,7 @@ class VQVAE(keras.Model):
         ssim_weight: float = 1.0,
         data_variance: float = 1.0,
         bottom_dropout: float = 0.25,
+        background_threshold: float | None = None,
         seed: int = 0,
         name: str = "vqvae",
         **kwargs: Any,
@@ -166,6 +172,7 @@ class VQVAE(keras.Model):
             "ssim_weight": ssim_weight,
             "data_variance": data_variance,
             "bottom_dropout": bottom_dropout,
+            "background_threshold": background_threshold,
             "seed": seed,
         }
         check_grids(image_size, grids)
@@ -173,6 +180,7 @@ class VQVAE(keras.Model):
         self.level_names = level_names(len(grids))
         self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
         self.data_variance, self.bottom_dropout = data_variance, bottom_dropout
+        self.background_threshold = background_threshold
         if len(grids) > 1:
             self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, "bottom dropout"))
 
@@ -198,6 +206,7 @@ class VQVAE(keras.Model):
                     dead_code_threshold,
                     seeds.number(seed, "dead codes", level),
                     prefix,
+                    background_threshold is not None,
                     name=f"{prefix}quantizer",
                 )
             )
@@ -219,12 +228,25 @@ class VQVAE(keras.Model):
         decoded = None
         for level, features in enumerate(self.features(images)):
             vectors = self.projections[level](_concatenate(features, decoded))
-            quantized, _ = self.quantizers[level](vectors, training=training)
+            quantized, _ = self.quantizers[level](vectors, self.background(images, level), training=training)
             if training and level:
                 quantized = self._drop_bottom(quantized)
             decoded = self.decoders[level](_concatenate(quantized, decoded))
-        reconstructions = ops.cast(decoded, "float32")
+        reconstructions = self._blacken(ops.cast(decoded, "float32"), self.background(images, len(self.grids) - 1))
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
+
+    def background(self, images: Tensor, level: int) -> Tensor:
+        """Return which cells of a level's grid show nothing but background: images (B, H, W, 1) -> (B, h, w) bool."""
+        side = self.image_size // self.grids[level]
+        return ops.max_pool(images, side)[..., 0] <= (self.background_threshold or 0)
+
+    def _blacken(self, decoded: Tensor, background: Tensor) -> Tensor:
+        """Set the pixels (B, H, W, 1) of cells of the finest grid that are background, (B, h, w) bool, to zero."""
+        if self.background_threshold is None:
+            return decoded
+        side = self.image_size // self.grids[-1]
+        background = ops.repeat(ops.repeat(background[..., None], side, axis=1), side, axis=2)
+        return ops.where(background, 0.0, decoded)
 
     def _drop_bottom(self, quantized: Tensor) -> Tensor:
         """Replace the vectors (B, h, w, D) of random images by the mean of all vectors of the batch."""
@@ -264,7 +286,8 @@ class VQVAE(keras.Model):
         """
         decoded, codes = None, []
         for level, features in enumerate(self.features(images)):
-            codes.append(self.quantizers[level].nearest(self.projections[level](_concatenate(features, decoded))))
+            vectors = self.projections[level](_concatenate(features, decoded))
+            codes.append(self.quantizers[level].nearest(vectors, self.background(images, level)))
             if level + 1 < len(self.grids):  # only the finer levels need what this one decodes
                 decoded = self.decoders[level](_concatenate(self.quantizers[level].lookup(codes[-1]), decoded))
         return codes
@@ -281,7 +304,7 @@ class VQVAE(keras.Model):
         decoded = None
         for decoder, vectors in zip(self.decoders, quantized, strict=True):
             decoded = decoder(_concatenate(vectors, decoded))
-        return ops.clip(ops.cast(decoded, "float32"), 0, 1)
+        return ops.clip(self._blacken(ops.cast(decoded, "float32"), ops.all(quantized[-1] == 0, axis=-1)), 0, 1)
 
     def decode_code(self, codes: Sequence[Tensor]) -> Tensor:
         """Decode code indices.
@@ -375,6 +398,12 @@ class PixelCNN(keras.Model):
     `gated=False` it is the plain PixelCNN. Both start with a 7 × 7 convolution of mask A, followed by residual blocks
     of mask B, whose dilations are chosen by `block_dilations` so that the receptive field covers the whole grid.
 
+    After every `num_blocks / attention` blocks there is a layer of causal self-attention (PixelSNAIL, Chen et al.
+    2018).
+
+    The model can be trained on codes of augmented images, conditioned on the parameters of the augmentation
+    (distribution augmentation, Jun et al. 2020). Without these parameters, it models images that are not augmented.
+
     With two levels, the top codes have a prior of their own, and the bottom prior is conditioned on the top codes: a
     small convolutional network upsamples them for every block (Razavi et al. 2019, section 3.2).
 
@@ -390,6 +419,7 @@ class PixelCNN(keras.Model):
         dropout: Dropout rate in the blocks.
         gated: Whether the model is the gated or the plain PixelCNN.
         use_position: Whether the model is conditioned on the slice position. If not, positions are ignored.
+        attention: Number of attention layers, at most `num_blocks`.
         coarse_grid_size: (h', w') of the coarser level whose codes the model is conditioned on, with h / h' a power of
             two. None without a coarser level.
 
@@ -414,6 +444,7 @@ class PixelCNN(keras.Model):
         dropout: float = 0.2,
         gated: bool = True,
         use_position: bool = True,
+        attention: int = 0,
         coarse_grid_size: Sequence[int] | None = None,
         name: str = "prior",
         **kwargs: Any,
@@ -429,6 +460,7 @@ class PixelCNN(keras.Model):
             "dropout": dropout,
             "gated": gated,
             "use_position": use_position,
+            "attention": attention,
         }
         self.num_embeddings, self.grid_size = num_embeddings, tuple(grid_size)
         self.coarse_grid_size = tuple(coarse_grid_size) if coarse_grid_size else None
@@ -451,17 +483,16 @@ class PixelCNN(keras.Model):
                 name="coarse",
             )
         self.stem = Stem(filters, self.FIRST_KERNEL, grid_size, gated, name="stem")
-        self.blocks: list[GatedBlock] | list[PlainBlock]
-        if gated:
-            self.blocks = [
-                GatedBlock(filters, kernel_size, dilation, dropout, last=i == num_blocks - 1, name=f"block_{i}")
-                for i, dilation in enumerate(dilations)
-            ]
-        else:
-            self.blocks = [
-                PlainBlock(filters, kernel_size, dilation, dropout, name=f"block_{i}")
-                for i, dilation in enumerate(dilations)
-            ]
+        self.blocks: list[GatedBlock | PlainBlock | CausalAttention] = []
+        for i, dilation in enumerate(dilations):
+            if gated:
+                last = i == num_blocks - 1
+                block = GatedBlock(filters, kernel_size, dilation, dropout, last, name=f"block_{i}")
+            else:
+                block = PlainBlock(filters, kernel_size, dilation, dropout, name=f"block_{i}")
+            self.blocks.append(block)
+            if (i + 1) * attention // num_blocks > i * attention // num_blocks:
+                self.blocks.append(CausalAttention(filters, dropout=dropout, name=f"attention_{i}"))
         self.hidden = keras.layers.Dense(filters, activation="relu", name="hidden")
         self.logits = keras.layers.Dense(num_embeddings, dtype="float32", name="logits")
         self.bits_per_code = keras.metrics.Mean(name="bits_per_code")
@@ -495,8 +526,9 @@ class PixelCNN(keras.Model):
         have similar features, and positions that are rare in the training data need no embedding of their own.
 
         Args:
-            inputs: "positions", slice positions (B,), ignored if `use_position` is off, and for a bottom prior
-                "coarse", codes of the coarser level (B, h', w') int32.
+            inputs: "positions", slice positions (B,), ignored if `use_position` is off; for a bottom prior "coarse",
+                codes of the coarser level (B, h', w') int32; and, for augmented images, "augmentation", the parameters
+                (B, P) float32 of `augmentation.as_condition`, which are zero for images that are not augmented.
 
         Returns:
             (B, 1, 1, filters), or (B, h, w, filters) with coarse codes.
@@ -504,7 +536,11 @@ class PixelCNN(keras.Model):
         wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 to 402 slices
         angles = ops.cast(inputs["positions"], "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
         waves = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)  # (B, 12)
-        condition = self.slice_embedding(waves if self.use_position else ops.zeros_like(waves))[:, None, None, :]
+        waves = waves if self.use_position else ops.zeros_like(waves)
+        augmentation = inputs.get("augmentation")
+        if augmentation is None:
+            augmentation = ops.zeros((ops.shape(waves)[0], NUM_PARAMETERS))
+        condition = self.slice_embedding(ops.concatenate([waves, augmentation], axis=-1))[:, None, None, :]
         if self.coarse_network is None:
             return condition
         return condition + self.coarse_network(inputs["coarse"])

@@ -19,6 +19,7 @@ import console
 import dataset
 import devices
 import model
+import pngs
 
 Config = TypeVar("Config", bound=Any)
 
@@ -40,6 +41,10 @@ _EARLIER_WORK = {
     "dead_code_threshold": 0.0,
     "bottom_dropout": 0.0,
     "augment": False,
+    "crop": 0,
+    "background_code": False,
+    "prior_attention": 0,
+    "prior_augment": False,
     "l1_weight": 0.0,
     "ssim_weight": 0.0,
 }
@@ -261,6 +266,8 @@ def check(config: Any) -> None:
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
     for name in ("seed", "residual_blocks", "top_k", "process_index"):
         require(name, lambda v: v >= 0, "0 or more")
+    require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
+    require("prior_attention", lambda v: 0 <= v <= config.prior_blocks, f"0 to prior_blocks, {config.prior_blocks}")
     require("seed", lambda v: v < 2**32, "below 4294967296")
     for name in ("ema_decay", "dead_code_threshold", "bottom_dropout", "prior_dropout"):
         require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
@@ -268,10 +275,14 @@ def check(config: Any) -> None:
     require("synthetic_subjects", lambda v: v >= 3, "at least 3, one for each split")
     require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
     require("image_size", lambda v: v >= 16, "at least 16 (the SSIM window is 11 pixels wide)")
-    require("image_size", lambda v: v <= dataset.MAX_SIDE, f"at most {dataset.MAX_SIDE}")
+    require("image_size", lambda v: v <= pngs.MAX_SIDE, f"at most {pngs.MAX_SIDE}")
     require("prior_kernel_size", lambda v: v >= 3 and v % 2 == 1, "odd and at least 3")
     if config.mse_weight + config.l1_weight + config.ssim_weight == 0:
         raise ConfigError("mse_weight, l1_weight and ssim_weight are 0: at least one of them must be positive")
+    if config.crop and not config.data_dir:
+        raise ConfigError(
+            f"crop is {config.crop}: synthetic slices are drawn at image_size; set data_dir, or crop to 0"
+        )
     if config.sample_positions and not config.prior_uses_position:
         raise ConfigError("sample_positions is set: also set prior_uses_position, or the prior ignores it")
     _check_processes(config, require)
@@ -320,11 +331,17 @@ def _has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
+def _describe_generic(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return "whole numbers in brackets, as in (32, 64)"
+    return "a whole number or None" if int in typing.get_args(kind) else "a path or None"
+
+
 def _describe_type(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(typing.get_args(kind))}"
-    return names.get(kind, "whole numbers in brackets, as in (32, 64)" if "tuple" in str(kind) else "a path or None")
+    return names.get(kind, _describe_generic(kind))
 
 
 def check_devices(config: Any) -> None:

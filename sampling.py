@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from layers import State, Tensor, write
+from layers import Tensor
+from masked import State, write
 from model import PixelCNN
 
 

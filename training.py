@@ -6,6 +6,7 @@ and continued is therefore bitwise identical to an uninterrupted one.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -36,7 +37,7 @@ class Stage:
     Attributes:
         name: Name of the network; its file is NAME.keras, its rows in history.csv have this stage.
         make: Creates the untrained network.
-        batches: Returns endless training batches that start at a given epoch, this process's shard of each.
+        batches: Returns the training batches of an epoch, counted from 0, this process's shard of each.
         validation: This process's shard of the validation batches.
         steps: Number of training batches per epoch.
         monitor: Name of the validation metric that decides which epoch is best; lower is better.
@@ -109,22 +110,28 @@ def train(
         else:
             _set_initial_weights(trained, network, run, file, start_from)
         if epochs_done < stage.epochs:
-            trained.fit(
-                stage.batches(epochs_done),
-                initial_epoch=epochs_done,
-                epochs=stage.epochs,
-                steps_per_epoch=stage.steps,
-                shuffle=False,  # The batches are shuffled already.
-                validation_data=stage.validation,
-                verbose=0,
-                callbacks=_callbacks(stage, run, seed, network, checkpoint),
-            )
+            fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint))
     network.set_weights(checkpoint.best_weights)
     print(f"best epoch: {checkpoint.counters['best_epoch']}")
     if run:
         save_model(network, run.folder / file)
         run.record([file], made_from, history=run.history_checksum(stage.name))
     return network
+
+
+def fit(network: keras.Model, stage: Stage, epochs_done: int, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Train a compiled network for the epochs of a stage that are not done yet, each on batches of its own."""
+    for epoch in range(epochs_done, stage.epochs):
+        network.fit(
+            stage.batches(epoch),
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            steps_per_epoch=stage.steps,
+            shuffle=False,  # The batches are shuffled already.
+            validation_data=stage.validation,
+            verbose=0,
+            callbacks=[*callbacks],
+        )
 
 
 def _refuse_unrecorded(run: Run, file: str) -> None:
@@ -173,7 +180,7 @@ def _callbacks(
     stage: Stage, run: Run | None, seed: int, network: keras.Model, checkpoint: "ResumableCheckpoint"
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a stage. The checkpoint comes last: an epoch counts once everything else has recorded it."""
-    writing = [CSVHistory(run, stage.name), keras.callbacks.TensorBoard(_log_folder(run, stage))] if run else []
+    writing = [CSVHistory(run, stage.name), TensorBoardScalars(_log_folder(run, stage))] if run else []
     return [
         ReseedEachEpoch(seed),
         TerminateOnNonFinite(checkpoint, stage.learning_rate_option, network),
@@ -433,19 +440,41 @@ class CSVHistory(keras.callbacks.Callback):
 
     def __init__(self, run: Run, stage: str) -> None:
         super().__init__()
-        self.run, self.stage = run, stage
-
-    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
-        self.started = time.monotonic()
+        self.run, self.stage, self.started = run, stage, time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = logs or {}
         trained = sorted((name for name in logs if not name.startswith("val_")), reverse=True)  # top before bottom
         names = [name for last in self.ORDER for name in trained if name == last or name.endswith(f"_{last}")]
-        row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(time.monotonic() - self.started, 2)}
+        now = time.monotonic()
+        row = {"stage": self.stage, "epoch": epoch + 1, "seconds": round(now - self.started, 2)}
+        self.started = now  # The next epoch includes the time to make its batches, which comes before it begins.
         row |= {name: logs[name] for name in names} | {f"val_{name}": logs[f"val_{name}"] for name in names}
         row["learning_rate"] = current_learning_rate(self.model)
         self.run.add_epoch(row)
+
+
+class TensorBoardScalars(keras.callbacks.Callback):
+    """Writes the metrics of each epoch for TensorBoard, those of training and of validation in a folder each.
+
+    Args:
+        folder: The folder that contains the two.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @functools.cached_property
+    def writers(self) -> dict[str, Any]:
+        return {kind: tf.summary.create_file_writer(f"{self.folder}/{kind}") for kind in ("train", "validation")}
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        for name, value in (logs or {}).items():
+            with self.writers["validation" if name.startswith("val_") else "train"].as_default():
+                tf.summary.scalar(name.removeprefix("val_"), value, step=epoch + 1)
+        for writer in self.writers.values():
+            writer.flush()
 
 
 class EpochSummary(keras.callbacks.Callback):
@@ -458,10 +487,9 @@ class EpochSummary(keras.callbacks.Callback):
 
     def __init__(self, epochs: int, shown: Sequence[str]) -> None:
         super().__init__()
-        self.epochs, self.shown = epochs, shown
+        self.epochs, self.shown, self.started = epochs, shown, time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
-        self.started = time.monotonic()
         self.progress = console.progress(self.params["steps"], "steps")
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
@@ -473,7 +501,9 @@ class EpochSummary(keras.callbacks.Callback):
         parts = [
             f"{name.replace('_', ' ')} {logs[name]:.4f} (validation {logs[f'val_{name}']:.4f})" for name in self.shown
         ]
-        head = f"epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  {time.monotonic() - self.started:4.0f} s"
+        now = time.monotonic()
+        head = f"epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  {now - self.started:4.0f} s"
+        self.started = now
         print("  ".join([head, *parts]))
         sys.stdout.flush()
 

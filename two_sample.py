@@ -17,6 +17,7 @@ import naming
 
 CLASSIFIER_BATCH_SIZE = 32
 CLASSIFIER_STEPS, CLASSIFIER_MAX_EPOCHS = 1500, 12  # Training of a classifier; whatever is reached first.
+CLASSIFIER_GOAL = 0.99  # Accuracy on the validation subjects beyond which training longer would tell nothing more.
 
 
 # ---------------------------------------------------------------------------------------------- intervals
@@ -294,6 +295,7 @@ def classifier_two_sample_test(
             accuracy = _mean_accuracy((right[group == 0], right[group == 1]))
             if accuracy > best[head]:
                 best[head], correct[head] = accuracy, (right[group == 2], right[group == 3])
+        classifier.stop_training = max(best.values()) > CLASSIFIER_GOAL
 
     untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
     steps = -(-len(labels) // CLASSIFIER_BATCH_SIZE)

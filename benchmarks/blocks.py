@@ -19,7 +19,7 @@ from keras import ops
 import dataset
 import driver
 import model
-import networks
+import stages
 from benchmarks import common
 from layers import ResidualBlock, Shape, Tensor
 from training import make_optimizer
@@ -89,7 +89,7 @@ BLOCKS = {"group norm": ResidualBlock, "standardised weights": StandardizedBlock
 def make_network(block: type, config: driver.Config, slices: dict[str, dataset.Slices]) -> model.VQVAE:
     """Return the VQ-VAE of driver.py, compiled, with another kind of residual block."""
     with mock.patch.object(model, "ResidualBlock", block):
-        network = networks.make_vqvae(config, dataset.pixel_variance(slices["train"]))
+        network = stages.make_vqvae(config, dataset.pixel_variance(slices["train"]))
     steps = dataset.steps_per_epoch(len(slices["train"]), config.batch_size)
     network.compile(make_optimizer(config.vqvae_learning_rate, config.vqvae_epochs, steps))
     return network

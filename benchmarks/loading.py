@@ -22,12 +22,13 @@ import tensorflow as tf
 
 import dataset
 import phantom
+import pngs
 from benchmarks import common
 
 
 def load_ours(files: list[dataset.SliceFile], image_size: int) -> tf.data.Dataset:
     """Return batches of 32 images as dataset.py makes them."""
-    images, _ = dataset.decode_pngs(files, image_size)
+    images, _ = pngs.decode_all([file.path for file in files], image_size)
     positions = np.array([file.position for file in files], np.int32)
     subjects = np.array([file.subject for file in files])
     return dataset.image_batches(dataset.Slices(images, positions, subjects), 32)

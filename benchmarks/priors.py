@@ -20,18 +20,17 @@ from unittest import mock
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import dataset
 import driver
 import model
-import networks
+import stages
+import training
 import two_sample
 from benchmarks import common
 from generator import Generator
 from options import ConfigError, from_json
 from run import RunError, read_config
-from training import ResumableCheckpoint, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,39 @@ class Options:
     split: Literal["validate", "test"] = "validate"  # to measure on; choose variants by the validation split
 
 
-def variants(config: driver.Config, level: int) -> dict[str, Callable[[], model.PixelCNN]]:
-    """Return functions that make the untrained priors to compare, by name."""
+Variant = tuple[driver.Config, Callable[[], model.PixelCNN]]  # How it is trained, and what makes it untrained.
+
+
+def variants(config: driver.Config, level: int) -> dict[str, Variant]:
+    """Return the priors to compare, by name."""
     filters = "bottom_prior_filters" if level else "prior_filters"
 
-    def variant(**constants: Any) -> Callable[[], model.PixelCNN]:
-        return lambda: networks.make_prior(dataclasses.replace(config, **constants), level)
+    def variant(**constants: Any) -> Variant:
+        changed = dataclasses.replace(config, **constants)
+        return changed, lambda: stages.make_prior(changed, level)
 
     def without_dilation() -> model.PixelCNN:
         with mock.patch.object(model, "block_dilations", lambda grid, first, kernel, blocks: [1] * blocks):
-            return networks.make_prior(config, level)
+            return stages.make_prior(config, level)
 
     def without_top_level() -> model.PixelCNN:
-        settings: dict[str, Any] = {**networks.make_prior(config, level).settings, "coarse_grid_size": None}
+        settings: dict[str, Any] = {**stages.make_prior(config, level).settings, "coarse_grid_size": None}
         keras.utils.set_random_seed(config.seed)
         return model.PixelCNN(**settings)
 
     priors = {
         "as configured": variant(),
+        "without augmentation": variant(prior_augment=False),
+        "without attention": variant(prior_attention=0),
+        "plain": variant(prior="plain", prior_attention=0),
         "5 x 5 kernels": variant(prior_kernel_size=5),
         "1.5 times the blocks": variant(prior_blocks=config.prior_blocks * 3 // 2),
         "1.5 times the filters": variant(**{filters: getattr(config, filters) * 3 // 2}),
-        "plain": variant(prior="plain"),
+        "half the dropout": variant(prior_dropout=config.prior_dropout / 2),
         "without slice position": variant(prior_uses_position=False),
-        "without dilation": without_dilation,
+        "without dilation": (config, without_dilation),
     }
-    return priors | ({"without the top level": without_top_level} if level else {})
+    return priors | ({"without the top level": (config, without_top_level)} if level else {})
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -80,7 +86,9 @@ def main(options: Options) -> dict[str, Any]:
     if saved is None:
         raise RunError(f"run_dir is {options.run_dir}: contains no run; choose the folder of a finished one")
     config = from_json(driver.Config, saved["constants"])
-    slices = dataset.load(config.data_dir, config.image_size, config.seed, config.skip_broken_slices)
+    slices = dataset.load(
+        config.data_dir, config.image_size, config.seed, config.skip_broken_slices, crop=saved["crop"]
+    )
     generator = Generator.load(options.run_dir)
     codes = {split: generator.encode(split_slices.images) for split, split_slices in slices.items()}
     known = tuple(variants(config, options.level))
@@ -94,8 +102,8 @@ def main(options: Options) -> dict[str, Any]:
         start, trained = time.monotonic(), []
         for seed in range(config.seed, config.seed + options.seeds):
             seeded = dataclasses.replace(config, seed=seed)
-            prior = variants(seeded, options.level)[name]()
-            train_prior(seeded, prior, slices, codes, options)
+            changed, make = variants(seeded, options.level)[name]
+            prior = train_prior(changed, make(), slices, codes, generator, options)
             priors = [prior if level == options.level else other for level, other in enumerate(generator.priors)]
             measured = Generator(generator.vqvae, priors, generator.positions)
             trained.append(measured.nats_per_code(codes[options.split], slices[options.split].positions)[options.level])
@@ -116,29 +124,21 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def train_prior(
-    config: driver.Config, prior: model.PixelCNN, slices: driver.Slices, codes: driver.Codes, options: Options
-) -> None:
-    """Train a prior and set it to its best epoch."""
-
-    def batches(split: str, seed: int | None = None) -> tf.data.Dataset:
-        inputs = {"codes": codes[split][options.level], "positions": slices[split].positions}
-        if prior.coarse_grid_size:
-            inputs["coarse"] = codes[split][options.level - 1]
-        return dataset.code_batches(inputs, config.batch_size, seed)
-
-    steps = dataset.steps_per_epoch(len(slices["train"]), config.batch_size)
-    prior.compile(make_optimizer(config.prior_learning_rate, options.epochs, steps))
-    checkpoint = ResumableCheckpoint(None, "prior", "val_loss")
-    prior.fit(
-        batches("train", config.seed),
-        epochs=options.epochs,
-        steps_per_epoch=steps,
-        shuffle=False,
-        validation_data=batches("validate"),
-        verbose=0,
-        callbacks=[checkpoint],
-    )
+    config: driver.Config,
+    prior: model.PixelCNN,
+    slices: driver.Slices,
+    codes: driver.Codes,
+    encoder: Generator,
+    options: Options,
+) -> model.PixelCNN:
+    """Train a prior and set it to its best epoch. Returns it."""
+    config = dataclasses.replace(config, prior_epochs=options.epochs)
+    stage = stages.prior_stage(config, slices, codes, encoder, options.level)
+    prior.compile(training.make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
+    checkpoint = training.ResumableCheckpoint(None, stage.name, stage.monitor)
+    training.fit(prior, stage, 0, [checkpoint])
     prior.set_weights(checkpoint.best_weights)
+    return prior
 
 
 def compare(reference: np.ndarray, nats: np.ndarray, slices: driver.Slices, options: Options) -> dict[str, Any]:

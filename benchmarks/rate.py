@@ -1,25 +1,24 @@
-"""Rate and distortion: how well a few grids and codebook sizes reconstruct, and how many bits their codes need.
+"""Geometries compared: what each reconstructs, how many bits its codes need, and how good its samples are.
 
-    python -m benchmarks.rate --data-dir /path/to/slices
+    python -m benchmarks.rate --data-dir /path/to/slices [--crops 0 192] [--image-sizes 96] [--grids 12 16]
 
-Trains both stages briefly for each pair of a grid and a codebook size, with the constants of driver.py otherwise, in a
-run folder of its own: the same command continues where it was stopped. Prints a table, writes rate_distortion.png, and
-prints the rows as JSON. All pairs train for the same number of epochs, so that they can be compared with each other.
+Makes a run for each combination of crop, image size, grid and codebook size, briefly trained, with the constants of
+driver.py otherwise: the same command continues where it was stopped. Prints a table, writes rate_distortion.png, and
+prints the rows as JSON. All runs train for the same number of epochs, so that they can be compared with each other.
 Longer training improves each of them.
 """
 
+import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import dataset
 import driver
-import metrics
 import plots
 from benchmarks import common
-from options import check
+
+SAMPLES = ("critic_auc", "precision", "recall", "coverage", "ms_ssim_of_pairs")
 
 
 @dataclass(frozen=True)
@@ -28,61 +27,63 @@ class Options:
 
     data_dir: Path | None = None  # folder of OASIS PNG slices; None generates synthetic ones
     folder: Path = Path("runs/rate")  # folder of the runs and the picture
+    crops: tuple[int, ...] = ()  # sides of the central square that is used, 0 for whole slices; none: automatic
+    image_sizes: tuple[int, ...] = (96,)  # heights and widths in pixels
     grids: tuple[int, ...] = (6, 12, 24)  # sides of the code grid, each one level
     num_embeddings: tuple[int, ...] = (64, 512)  # codebook sizes
-    image_size: int = 96  # height and width in pixels
     vqvae_epochs: int = 4
     prior_epochs: int = 2
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Train and measure every pair; returns one row per pair."""
-    slices = dataset.load(options.data_dir, options.image_size, driver.Config.seed)
-    rows = [
-        train_and_measure(options, slices, grid, num_embeddings)
-        for grid in options.grids
-        for num_embeddings in options.num_embeddings
-    ]
-    print(f"\n{'grid':>8} {'codes':>6} {'bits per image':>14} {'SSIM':>6} {'brain':>6} {'PSNR, dB':>9} {'used':>5}")
+    """Train and measure every combination; returns one row per combination."""
+    combinations = itertools.product(
+        options.crops or (None,), options.image_sizes, options.grids, options.num_embeddings
+    )
+    rows = [make_run(options, *combination) for combination in combinations]
+    columns = ("crop", "size", "grid", "codes", "bits", "SSIM", "brain", "c2st", "AUC", "prec.", "recall", "cover.")
+    print("\n" + " ".join(f"{column:>6}" for column in columns))
     for row in rows:
-        print(
-            f"{row['grid']:>3} × {row['grid']:<2} {row['num_embeddings']:>6} {row['prior_bits_per_image']:>14.0f} "
-            f"{row['ssim']:>6.3f} {row['ssim_brain']:>6.3f} {row['psnr_db']:>9.1f} {row['codes_used']:>5.0%}"
-        )
+        numbers = [row[name] for name in ("crop", "image_size", "grid", "num_embeddings", "prior_bits_per_image")]
+        fractions = [row[name] for name in ("ssim", "ssim_brain", "c2st_reconstructions", *SAMPLES[:-1])]
+        print(" ".join([*(f"{value:>6.0f}" for value in numbers), *(f"{_shown(value):>6}" for value in fractions)]))
     epochs = f"{options.vqvae_epochs} + {options.prior_epochs} epochs"
     note = epochs if options.data_dir else f"{epochs}; SYNTHETIC slices, not real brains"
     plots.rate_distortion(options.folder / "rate_distortion.png", rows, note)
     return {"rows": rows}
 
 
-def train_and_measure(
-    options: Options, slices: dict[str, dataset.Slices], grid: int, num_embeddings: int
-) -> dict[str, Any]:
-    """Train one pair and measure it on the test split."""
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def make_run(options: Options, crop: int | None, image_size: int, grid: int, num_embeddings: int) -> dict[str, Any]:
+    """Make one run and return its main numbers."""
+    chosen: dict[str, Any] = {
+        "crop": crop,
+        "image_size": image_size,
+        "grids": (grid,),
+        "num_embeddings": num_embeddings,
+    }
+    name = "_".join(re.sub(r"\W", "", f"{key}{value}") for key, value in chosen.items())
+    print(f"\n{name}")
     config = driver.Config(
         data_dir=options.data_dir,
-        run_dir=options.folder / f"grid{grid}_codes{num_embeddings}",
-        image_size=options.image_size,
-        grids=(grid,),
-        num_embeddings=num_embeddings,
+        run_dir=options.folder / name,
         vqvae_epochs=options.vqvae_epochs,
         prior_epochs=options.prior_epochs,
+        **chosen,
     )
-    check(config)
-    run = driver.open_run(config)
-    positions = np.unique(slices["train"].positions).tolist()
-    with run.start(dataset.fingerprint(slices), slice_positions=positions):
-        encoder, codes = driver.train_vqvae(config, run, slices)
-        generator = driver.train_priors(config, run, driver.prior_stages(config, slices, codes), encoder)
-    test, (grids,) = slices["test"], codes["test"]
-    by_slice = metrics.metrics_by_slice(test.images, generator.decode(codes["test"]))
-    (nats,) = generator.nats_per_code(codes["test"], test.positions)
+    numbers = driver.main(config)
+    samples, reconstructions = numbers["samples"], numbers["references"]["reconstructions"]
     return {
+        **chosen,
+        "crop": numbers["crop"],
         "grid": grid,
-        "num_embeddings": num_embeddings,
-        **metrics.code_metrics(grids, num_embeddings),
-        **metrics.prior_metrics(float(nats.mean()), grids[0].size),
-        **{name: float(np.nanmean(by_slice[name])) for name in metrics.RECONSTRUCTION_METRICS},
+        **{name: numbers[name] for name in ("ssim", "ssim_brain", "psnr_db", "codes_used", "prior_bits_per_image")},
+        **{name: samples[name] for name in SAMPLES},
+        **{name: samples[name]["accuracy"] for name in ("c2st_real", "c2st_reconstructions")},
+        "ms_ssim_of_reconstructed_pairs": reconstructions["ms_ssim_of_pairs"],
     }
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from keras import ops
 
 import driver
-import networks
 import sampling
+import stages
 from benchmarks import common
 from layers import Tensor
 from model import PixelCNN
@@ -94,7 +94,7 @@ def compare_methods(grid: int, options: Options) -> dict[str, float]:
     Raises:
         RuntimeError: If the methods sample different codes.
     """
-    prior = networks.make_prior(driver.Config(grids=(grid,)))
+    prior = stages.make_prior(driver.Config(grids=(grid,)))
     inputs = make_inputs(prior, options.batch_size)
     count = min(options.slow_positions, grid * grid)
     compiled = sampling.compile_function(lambda u, p: full_passes(prior, u, p, count))
@@ -148,7 +148,7 @@ def main(options: Options) -> dict[str, Any]:
     print(f"\n{'grid':>8} {'batch':>6} {'seconds':>9} {'µs per position':>15} {'µs per code':>11} {'GFLOP/s':>8}")
     sizes = [(grid, options.batch_size) for grid in (8, *options.grids, 48)] + [(12, size) for size in (1, 5, 80)]
     for grid, batch_size in sizes:
-        prior = networks.make_prior(driver.Config(grids=(grid,)))
+        prior = stages.make_prior(driver.Config(grids=(grid,)))
         spent = median_seconds(cached_sampling(prior, batch_size), options.repeats)
         microseconds = spent / grid**2 * 1e6
         rate = operations_per_grid(prior) * batch_size / spent / 1e9

@@ -27,8 +27,8 @@ import comparison
 import dataset
 import devices
 import driver
-import networks
 import sampling
+import stages
 from benchmarks import common
 from generator import Generator, Results, Samples
 from options import check, check_devices
@@ -118,18 +118,18 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
     grid = config.grids[0]
     codes = np.random.default_rng(1).integers(0, config.num_embeddings, (images, grid, grid), np.int32)
     variance = dataset.pixel_variance(slices)
-    stages: dict[str, tuple[Callable[[], keras.Model], tf.data.Dataset]] = {
+    networks: dict[str, tuple[Callable[[], keras.Model], tf.data.Dataset]] = {
         "vqvae": (
-            lambda: networks.make_vqvae(config, variance),
+            lambda: stages.make_vqvae(config, variance),
             dataset.image_batches(slices, config.batch_size, config.seed, augmented=config.augment),
         ),
         "prior": (
-            lambda: networks.make_prior(config),
+            lambda: stages.make_prior(config),
             dataset.code_batches({"codes": codes, "positions": slices.positions}, config.batch_size, config.seed),
         ),
     }
     row: dict[str, Any] = {"where": devices.describe(config.devices)}
-    for stage, (make, batches) in stages.items():
+    for stage, (make, batches) in networks.items():
         with devices.distribution_scope(config.devices):
             network = make()
             network.compile(make_optimizer(1e-4, 1, 1000))
@@ -139,7 +139,7 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
             exchange = exchange_seconds(network, config.devices) if config.devices > 1 else 0.0
         row[f"{stage}_images_per_s"] = config.batch_size / step
         row[f"{stage}_exchange"] = exchange / step
-    prior, positions = networks.make_prior(config), np.zeros(SAMPLES, np.int32)
+    prior, positions = stages.make_prior(config), np.zeros(SAMPLES, np.int32)
     sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, {"positions": p}))
     uniforms = np.random.default_rng(2).random((SAMPLES, grid**2), np.float32)
     seconds = common.time_runs(lambda: keras.ops.convert_to_numpy(sample(uniforms, positions)), 1)[0]
@@ -151,7 +151,7 @@ def measure_comparison(test: int, train: int) -> dict[str, float]:
     config = driver.Config()
     counts = {"train": train, "validate": test, "test": test}
     slices = {split: random_slices(count, 96, num_positions=24, name=split) for split, count in counts.items()}
-    vqvae, prior, random = networks.make_vqvae(config, 1.0), networks.make_prior(config), np.random.default_rng(0)
+    vqvae, prior, random = stages.make_vqvae(config, 1.0), stages.make_prior(config), np.random.default_rng(0)
     generator = Generator(vqvae, [prior], np.arange(24))
     shape = (config.grids[0],) * 2
     codes = {

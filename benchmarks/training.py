@@ -26,7 +26,7 @@ from keras import ops
 
 import dataset
 import driver
-import networks
+import stages
 from benchmarks import common
 from layers import Shape, Tensor, VectorQuantizer
 from training import make_optimizer
@@ -121,10 +121,10 @@ def make_networks(config: driver.Config, slices: dict[str, dataset.Slices]) -> d
     student = Student(variance)
     student.build((None, config.image_size, config.image_size, 1))
     student.compile(keras.optimizers.Adam())
-    vqvae = networks.make_vqvae(config, variance)
+    vqvae = stages.make_vqvae(config, variance)
     steps = dataset.steps_per_epoch(len(slices["train"]), config.batch_size)
     vqvae.compile(make_optimizer(config.vqvae_learning_rate, config.vqvae_epochs, steps))
-    prior = networks.make_prior(config)
+    prior = stages.make_prior(config)
     prior.compile(make_optimizer(config.prior_learning_rate, config.prior_epochs, steps))
     return {"vqvae": (vqvae, config.batch_size), "prior": (prior, config.batch_size), "student": (student, 128)}
 

@@ -1,15 +1,10 @@
-import io
 import os
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import augmentation
@@ -17,6 +12,7 @@ import console
 import dataset
 import naming
 import phantom
+from tests.test_pngs import brain
 
 
 def save_blank(path: Path, value: int = 100) -> Path:
@@ -124,68 +120,7 @@ def test_a_person_can_have_several_slices_at_the_same_position(data_dir, capsys)
     assert sorted(of_person) == [0, 1, 1]
 
 
-KINDS = {
-    "8-bit grey": lambda: Image.new("L", (8, 8), 100),
-    "16-bit grey": lambda: Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)),
-    "RGB": lambda: Image.new("RGB", (8, 8), (100, 100, 100)),
-    "palette": lambda: Image.new("RGB", (8, 8), (100, 100, 100)).quantize(4),
-    "grey with alpha": lambda: Image.new("LA", (8, 8), (100, 255)),
-    "RGB with alpha": lambda: Image.new("RGBA", (8, 8), (100, 100, 100, 255)),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_png_is_converted_to_grey(tmp_path, kind):
-    KINDS[kind]().save(tmp_path / "slice.png")
-    image = dataset.decode_png(tmp_path / "slice.png", 8).grey
-    assert image.dtype == np.uint8
-    assert image.shape == (8, 8)
-    assert np.all(image == 100)
-
-
-def test_transparent_pixels_are_black(tmp_path):
-    Image.new("LA", (8, 8), (100, 0)).save(tmp_path / "slice.png")
-    assert not dataset.decode_png(tmp_path / "slice.png", 8).grey.any()
-
-
-def test_slices_are_padded_not_distorted(tmp_path):
-    image = np.zeros((40, 20), np.uint8)
-    image[10:30, 5:15] = 200  # twice as high as it is wide
-    Image.fromarray(image).save(tmp_path / "slice.png")
-    read = dataset.decode_png(tmp_path / "slice.png", 40).grey
-    assert np.array_equal(read[:, 10:30], image)
-    assert not read[:, :10].any()
-    assert not read[:, 30:].any()
-
-
-def test_resizing_is_antialiased(tmp_path):
-    stripes = np.zeros((64, 64), np.uint8)
-    stripes[:, ::2] = 200
-    Image.fromarray(stripes).save(tmp_path / "slice.png")
-    read = dataset.decode_png(tmp_path / "slice.png", 16).grey[:, 2:-2]
-    assert read.min() > 80  # near the mean of 100; without a filter it would be 0 or 200
-    assert read.max() < 120
-
-
 # ------------------------------------------------------------------------------------------- bad input
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0, interlaced: int = 0) -> bytes:
-    """The content of a PNG file. `rows` are its pixels, each row after a 0 byte."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
-    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-    return dataset.PNG_SIGNATURE + b"".join(parts)
-
-
-def brain(value: int = 0) -> Image.Image:
-    """A small image of several grey levels, which depend on `value`."""
-    grey = np.zeros((8, 8), np.uint8)
-    grey[2:6, 2:6] = np.arange(16).reshape(4, 4) + value
-    return Image.fromarray(grey)
 
 
 @pytest.fixture
@@ -221,66 +156,6 @@ def assert_refused(folder: Path, capsys, name: object, *contents: str) -> None:
         assert content in message
 
 
-SKIP_BROKEN = "--skip-broken-slices"
-BROKEN_FILES = {
-    "zero bytes": (b"", "is empty"),
-    "a JPEG": ("JPEG", "not a PNG"),
-    "a JPEG in CMYK": ("CMYK", "not a PNG"),
-    "a GIF": ("GIF", "not a PNG"),
-    "text": (b"case_001", "not a PNG"),
-    "only the signature": (dataset.PNG_SIGNATURE, "no header"),
-    "no header": (dataset.PNG_SIGNATURE + b"x" * 40, "no header"),
-    "truncated pixels": (png(8, 8, bytes(range(72)))[:-40], "broken PNG"),
-    "too few pixels": (png(8, 8, bytes(30)), "truncated"),
-    "enormous": (png(50_000, 50_000, b""), "50000 × 50000"),
-    "no pixels wide": (png(0, 8, b""), "header is invalid"),
-    "two headers": (png(8, 8, bytes(72))[:33] + png(9, 9, bytes(90))[8:], "size changes"),
-    "CMYK, which PNG does not have": (png(8, 8, bytes(8 * 33), colour=5), "header is invalid"),
-    "9 bits per pixel": (png(8, 8, bytes(100), depth=9), "header is invalid"),
-}
-
-
-def write_broken(path: Path, content: bytes | str) -> None:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        Image.new("CMYK" if content == "CMYK" else "L", (8, 8)).save(path, "JPEG" if content == "CMYK" else content)
-
-
-@pytest.mark.parametrize("kind", BROKEN_FILES)
-def test_a_broken_file_is_refused_or_left_out_by_name(data_dir, capsys, kind):
-    content, problem = BROKEN_FILES[kind]
-    bad = data_dir / "keras_png_slices_validate" / "case_004_slice_1.nii.png"
-    write_broken(bad, content)
-    assert_refused(data_dir, capsys, bad, problem, SKIP_BROKEN)
-    warnings = load(data_dir, capsys, skip_broken=True)
-    assert warnings.startswith("warning: ")
-    assert warnings.count("\n") == 1
-    assert f"{bad}: " in warnings
-    assert problem in warnings
-
-
-def test_links_and_pipes_are_refused_by_name(data_dir, capsys):
-    bad = data_dir / "keras_png_slices_train" / "case_000_slice_2.png"
-    bad.symlink_to(bad)
-    assert_refused(data_dir, capsys, bad, "Too many levels of symbolic links", SKIP_BROKEN)
-    bad.unlink()
-    bad.symlink_to(data_dir / "gone.png")
-    assert_refused(data_dir, capsys, bad, "No such file", SKIP_BROKEN)
-    bad.unlink()
-    os.mkfifo(bad)  # Reading it would never end.
-    assert_refused(data_dir, capsys, bad, "not a regular file", SKIP_BROKEN)
-
-
-def test_a_file_without_read_permission(data_dir, capsys, monkeypatch):
-    def refuse(path, mode):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(dataset, "open", refuse, raising=False)
-    bad = data_dir / "keras_png_slices_train" / "case_000_slice_0.nii.png"
-    assert_refused(data_dir, capsys, bad, "Permission denied", SKIP_BROKEN)
-
-
 def test_a_folder_without_read_permission(data_dir, capsys, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
@@ -299,52 +174,17 @@ def test_a_split_without_readable_slices(data_dir, capsys):
     assert capsys.readouterr().err.count("left out") == 2
 
 
-GOOD_FILES = {
-    "interlaced": png(
-        8, 8, b"".join(b"\0" + bytes(range(n)) for n in [1, 1, 2, 2, 2, *[4] * 6, *[8] * 4]), interlaced=1
-    ),
-    "1 bit": png(8, 8, (b"\0\xf0") * 8, depth=1),
-    "4 bit": png(8, 8, (b"\0" + bytes([0x0F] * 4)) * 8, depth=4),
-    "16 bit": png(8, 8, (b"\0" + bytes([0, 0, 100, 100] * 4)) * 8, depth=16),
-    "alpha": png(8, 8, (b"\0" + bytes([100, 255, 100, 128] * 4)) * 8, colour=4),
-}
-
-
-@pytest.mark.parametrize("kind", GOOD_FILES)
-def test_unusual_pngs_are_read_without_a_warning(data_dir, capsys, kind):
-    (data_dir / "keras_png_slices_train" / "case_000_slice_2.png").write_bytes(GOOD_FILES[kind])
-    assert load(data_dir, capsys) == ""
-
-
-ODD_FILES = {
-    "animated": (lambda path: brain(200).save(path, save_all=True, append_images=[brain(201)]), "first frame"),
-    "colour": (
-        lambda path: Image.merge("RGB", [brain(200), brain(210), brain(220)]).save(path),
-        "in colour: they are converted to grey",
-    ),
-    "black": (lambda path: save_blank(path, 0), "a single grey level"),
-    "constant": (lambda path: save_blank(path, 100), "a single grey level"),
-    "transparent": (lambda path: Image.new("LA", (8, 8), (100, 0)).save(path), "a single grey level"),
-}
-
-
-@pytest.mark.parametrize("kind", ODD_FILES)
-def test_odd_slices_are_used_and_counted_in_one_warning(data_dir, capsys, kind):
-    save, oddity = ODD_FILES[kind]
-    for position in (2, 3):
-        save(data_dir / "keras_png_slices_train" / f"case_000_slice_{position}.png")
-    warnings = load(data_dir, capsys)
-    assert warnings.count("\n") == 1
-    assert warnings.startswith("warning: 2 slices such as case_000_slice_2.png")
-    assert oddity in warnings
-
-
-def test_mixed_sizes_are_used_and_counted(data_dir, capsys):
-    brain().resize((16, 16)).save(data_dir / "keras_png_slices_train" / "case_000_slice_2.png")
-    warnings = load(data_dir, capsys)
-    assert warnings.count("\n") == 1
-    assert warnings.startswith("warning: 1 slices such as case_000_slice_2.png are not 8 × 8")
-    assert "the other 12" in warnings
+def test_broken_files_are_left_out_together_with_their_subjects_and_positions(data_dir, capsys):
+    whole = dataset.load(data_dir, 8, seed=0)["train"]
+    broken = [data_dir / "keras_png_slices_train" / f"case_00{i}.nii.png" for i in ("0_slice_1", "2_slice_0")]
+    for path in broken:
+        path.write_bytes(b"")
+    assert_refused(data_dir, capsys, broken[0], "is empty", "--skip-broken-slices")
+    assert load(data_dir, capsys, skip_broken=True).count("left out") == 2
+    readable, kept = dataset.load(data_dir, 8, seed=0, skip_broken=True)["train"], [0, 2, 3, 5, 6, 7]
+    assert np.array_equal(readable.images, whole.images[kept])
+    assert np.array_equal(readable.positions, whole.positions[kept])
+    assert np.array_equal(readable.subjects, whole.subjects[kept])
 
 
 def test_files_that_name_no_subject_count_as_subjects_of_their_own(tmp_path, capsys):
@@ -456,80 +296,66 @@ def test_two_subjects_are_too_few_for_three_splits(tmp_path, capsys):
     assert_refused(tmp_path, capsys, tmp_path, "2 subjects", "at least 3")
 
 
-def fuzz_seeds() -> list[bytes]:
-    """Synthetic slices as PNGs of every kind."""
-    grey = Image.fromarray(phantom.slice_image(0, 1, 8, 32))
-    flipped = grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    coloured = Image.merge("RGB", [grey, flipped, grey])
-    images = [grey, deep, coloured, coloured.quantize(16), grey.convert("1"), Image.merge("LA", [grey, flipped])]
-    seeds = []
-    for image in [*images, Image.merge("RGBA", [grey, grey, grey, flipped])]:
-        file = io.BytesIO()
-        image.save(file, "PNG", dpi=(72, 72))
-        seeds.append(file.getvalue())
-    file = io.BytesIO()
-    grey.save(file, "PNG", save_all=True, append_images=[flipped])
-    return [*seeds, file.getvalue()]
+# -------------------------------------------------------------------------------------------- cropping
 
 
-SEEDS = fuzz_seeds()
-CHUNKS = [b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"acTL", b"fcTL", b"fdAT"]
-SIDES = [0, 1, 31, 32, 33, 4096, 4097, 2**31 - 1, 2**32 - 1]
+def write_framed(folder: Path, side: int = 64, width: int = 28) -> Path:
+    """Slices of five subjects, two each: noise in the central square of this width, black around it."""
+    random, begin = np.random.default_rng(0), (side - width) // 2
+    for subject in range(5):
+        for position in range(2):
+            grey = np.zeros((side, side), np.uint8)
+            grey[begin : begin + width, begin : begin + width] = random.integers(20, 256, (width, width))
+            Image.fromarray(grey).save(folder / f"case_{subject:03d}_slice_{position}.png")
+    return folder
 
 
-def damage(chunks: list[tuple[bytes, bytes]], draw) -> None:
-    """Change a byte of one chunk of a PNG, cut, drop, double or rename it, or state a wrong image size."""
-    i = draw(st.integers(0, len(chunks) - 1))
-    kind, content = chunks[i]
-    how = draw(st.sampled_from(["change", "cut", "drop", "double", "rename", "size"]))
-    if how == "change" and content:
-        at = draw(st.integers(0, len(content) - 1))
-        chunks[i] = kind, content[:at] + bytes([draw(st.integers(0, 255))]) + content[at + 1 :]
-    elif how == "cut":
-        chunks[i] = kind, content[: draw(st.integers(0, len(content)))]
-    elif how == "drop" and len(chunks) > 1:
-        del chunks[i]
-    elif how == "double":
-        chunks.insert(draw(st.integers(0, len(chunks))), (kind, content))
-    elif how == "rename":
-        chunks[i] = draw(st.sampled_from(CHUNKS)), content
-    elif how == "size":
-        width, height = draw(st.sampled_from(SIDES)), draw(st.sampled_from(SIDES))
-        chunks[0] = b"IHDR", struct.pack(">II", width, height) + chunks[0][1][8:]
+@pytest.mark.parametrize(("crop", "side"), [(None, 48), (28, 28), (40, 40), (64, 64)])
+def test_slices_are_cropped_without_losing_brain(tmp_path, crop, side):
+    write_framed(tmp_path)
+    whole, cropped = dataset.load(tmp_path, 64, seed=0), dataset.load(tmp_path, side, seed=0, crop=crop)
+    begin = (64 - side) // 2
+    for split in naming.SPLITS:
+        assert (whole[split].crop, whole[split].frame_size) == (0, 0)
+        assert (cropped[split].crop, cropped[split].frame_size) == (side, 64)
+        expected = whole[split].images[:, begin : begin + side, begin : begin + side]
+        assert np.array_equal(cropped[split].images, expected)
+        assert cropped[split].images.sum() == whole[split].images.sum()
+        assert np.array_equal(cropped[split].subjects, whole[split].subjects)
 
 
-@st.composite
-def damaged_pngs(draw) -> bytes:
-    """A damaged PNG: damaged chunks with correct checksums, so that the damage reaches the decoder, overwritten bytes,
-    a missing end, or all of these."""
-    seed, chunks, at = draw(st.sampled_from(SEEDS)), [], 8
-    while at < len(seed):
-        length = int.from_bytes(seed[at : at + 4], "big")
-        chunks.append((seed[at + 4 : at + 8], seed[at + 8 : at + 8 + length]))
-        at += 12 + length
-    for _ in range(draw(st.integers(0, 3))):
-        damage(chunks, draw)
-    content = bytearray(dataset.PNG_SIGNATURE + b"".join(chunk(*parts) for parts in chunks))
-    for _ in range(draw(st.integers(0, 3))):
-        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
-    return bytes(content[: draw(st.integers(0, len(content))) if draw(st.booleans()) else None])
+def test_the_frame_has_the_resolution_of_the_images(tmp_path):
+    write_framed(tmp_path)
+    for image_size, frame_size in ((24, 32), (96, 128), (48, 64), (30, 40)):
+        test = dataset.load(tmp_path, image_size, seed=0, crop=48)["test"]
+        assert test.images.shape[1:] == (image_size, image_size, 1)
+        assert test.frame_size == frame_size
 
 
-@given(content=damaged_pngs())
-def test_damaged_pngs_are_read_or_refused_by_name(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "fuzz.png"
-    path.write_bytes(content)
-    image, refused = None, ""
-    try:
-        image = dataset.decode_png(path, 16).grey
-    except dataset.DataError as error:
-        refused = str(error)
-    if image is None:
-        assert refused.startswith(f"{path}: ")
-    else:
-        assert image.dtype == np.uint8
-        assert image.shape == (16, 16)
+def test_a_crop_that_cuts_brain_off_is_refused(tmp_path, capsys):
+    write_framed(tmp_path)
+    with pytest.raises(dataset.DataError) as error:
+        dataset.load(tmp_path, 32, seed=0, crop=26)
+    assert str(error.value).startswith(f"{tmp_path}{os.sep}case_00")
+    assert "set crop to 28 or more, or to 0" in str(error.value)
+
+
+def test_slices_of_several_sizes_are_used_whole_unless_a_crop_is_given(tmp_path, capsys):
+    write_framed(tmp_path)
+    first = tmp_path / "case_000_slice_0.png"
+    with Image.open(first) as picture:
+        picture.crop((8, 8, 56, 56)).save(first)
+    for crop, recorded in ((None, 0), (0, 0), (32, 32)):
+        slices = dataset.load(tmp_path, 32, seed=0, crop=crop)
+        assert {one.crop for one in slices.values()} == {recorded}
+    assert capsys.readouterr().err.count("1 slices such as case_000_slice_0.png are not 64 × 64") == 3
+
+
+def test_synthetic_slices_are_whole(monkeypatch):
+    monkeypatch.setattr(phantom, "NUM_POSITIONS", 1)
+    whole, cropped = (dataset.load(None, 32, seed=1, synthetic_subjects=3, crop=crop) for crop in (0, None))
+    assert dataset.fingerprint(whole) == dataset.fingerprint(cropped)
+    assert cropped["train"].crop == cropped["train"].frame_size == 0
 
 
 # --------------------------------------------------------------------------------------------- feeding
@@ -644,5 +470,9 @@ def test_pixel_variance():
 def test_real_slices():
     if "OASIS_DIR" not in os.environ:
         pytest.skip("no real slices: set OASIS_DIR to the folder that holds them")
-    for slices in dataset.load(Path(os.environ["OASIS_DIR"]), 96, seed=0).values():
+    folder = Path(os.environ["OASIS_DIR"])
+    for slices in dataset.load(folder, 96, seed=0).values():
         assert 0.1 < (slices.images > 12).mean() < 0.5
+    for slices in dataset.load(folder, 96, seed=0, crop=None).values():
+        assert 0 < slices.crop < 256
+        assert 0.2 < (slices.images > 12).mean() < 0.7

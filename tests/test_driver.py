@@ -21,10 +21,10 @@ import comparison
 import console
 import dataset
 import driver
-import networks
 import options
 import phantom
 import plots
+import stages
 import training
 import two_sample
 from benchmarks import kill
@@ -47,6 +47,7 @@ def tiny(root: Path, **constants) -> driver.Config:
         "vqvae_epochs": 2,
         "prior_filters": 8,
         "prior_blocks": 2,
+        "prior_attention": 1,
         "prior_epochs": 2,
         "num_samples": 3,
     }
@@ -99,13 +100,14 @@ def test_the_configuration_is_saved_with_versions(finished):
     assert saved["versions"]["keras"] == keras.__version__
     assert saved["versions"]["devices"] == "1"
     assert saved["slice_positions"] == [0, 1, 2, 3]
+    assert saved["crop"] == 0  # The brains fill the slices.
 
 
 def test_the_history_has_a_row_per_epoch(finished):
     with open(finished.run_dir / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     stages = [(row["stage"], row["epoch"]) for row in rows]
-    assert stages == [(stage, epoch) for stage in ("vqvae", "prior", "critic") for epoch in ("1", "2")]
+    assert stages == [("vqvae", "1"), ("vqvae", "2"), ("prior", "1"), ("prior", "2"), ("critic", "1")]
     names = list(rows[0])
     assert names.index("reconstruction") < names.index("codebook") < names.index("commitment")
     assert all(float(rows[0][f"val_{name}"]) for name in ("loss", "reconstruction", "ssim", "perplexity"))
@@ -121,6 +123,7 @@ def test_metrics_contain_every_number(finished):
     assert numbers["prior_bits_per_image"] == pytest.approx(16 * numbers["prior_bits_per_code"])
     assert numbers["prior_bits_per_dimension"] == pytest.approx(numbers["prior_bits_per_image"] / 32**2)
     assert numbers["test_slices"] == numbers["samples"]["count"] == 4
+    assert numbers["frame_size"] == 32
     assert np.load(finished.run_dir / "samples" / "test_codes.npy").shape == (4, 4, 4)
     assert np.load(finished.run_dir / "samples" / "train_codes.npy").shape == (16, 4, 4)
     assert numbers["controls"].keys() == comparison.CONTROLS.keys()
@@ -202,17 +205,17 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     config = dataclasses.replace(finished, run_dir=tmp_path / "run")
     shutil.copytree(finished.run_dir, config.run_dir)
     (config.run_dir / "vqvae.keras").unlink()
-    make_vqvae = networks.make_vqvae
+    make_vqvae = stages.make_vqvae
     monkeypatch.setattr(
-        networks, "make_vqvae", lambda config, variance: make_vqvae(dataclasses.replace(config, seed=1), variance)
+        stages, "make_vqvae", lambda config, variance: make_vqvae(dataclasses.replace(config, seed=1), variance)
     )
     driver.main(config)
     before, after = files(finished.run_dir), files(config.run_dir)
     assert {name for name in before.keys() - after.keys() if not name.startswith("logs")} == set()
     for name in ("prior.keras", "samples/codes.npy", "metrics.json", "images/reconstructions.png", "report.html"):
         assert before[name] != after[name]
-    stages = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
-    assert stages == ["vqvae"] * 2 + ["prior"] * 2 + ["critic"] * 2
+    names = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
+    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["critic"]
 
 
 def test_a_finished_run_refuses_other_slices(finished, tmp_path):
@@ -302,7 +305,7 @@ def test_a_folder_with_other_files_is_not_written_to(finished, tmp_path):
 
 def test_another_seed_gives_other_weights_and_samples(finished):
     other = dataclasses.replace(finished, seed=1)
-    one, two = (networks.make_vqvae(config, 0.1).get_weights() for config in (finished, other))
+    one, two = (stages.make_vqvae(config, 0.1).get_weights() for config in (finished, other))
     assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     generator = Generator.load(finished.run_dir)
     codes = [generator.sample_codes(range(4), **options.sampling_arguments(config))[0] for config in (finished, other)]
@@ -310,7 +313,7 @@ def test_another_seed_gives_other_weights_and_samples(finished):
 
 
 def test_saved_models_do_not_depend_on_what_was_made_before(finished, tmp_path):
-    for make in (lambda: networks.make_vqvae(finished, 0.1), lambda: networks.make_prior(finished)):
+    for make in (lambda: stages.make_vqvae(finished, 0.1), lambda: stages.make_prior(finished)):
         for name in ("one", "two"):
             training.save_model(make(), tmp_path / f"{name}.keras")
         assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
@@ -323,11 +326,13 @@ def test_sample_positions_that_do_not_occur_are_refused_before_anything_is_writt
     assert not config.run_dir.exists()
 
 
-def test_two_levels_run_end_to_end(finished, tmp_path):
-    config = dataclasses.replace(
-        finished, run_dir=tmp_path / "run", grids=(4, 8), bottom_prior_filters=4, prior_blocks=3
-    )
+def test_two_levels_of_cropped_slices_run_end_to_end(tmp_path, capsys):
+    phantom.write_pngs(tmp_path / "slices", num_subjects=6, num_positions=4, image_size=48)
+    config = tiny(tmp_path, crop=40, image_size=32, grids=(4, 8), bottom_prior_filters=4, prior_blocks=3)
     numbers = driver.main(config)
+    assert "using the central 40 × 40 pixels of each slice" in capsys.readouterr().out
+    assert json.loads((config.run_dir / "config.json").read_text())["crop"] == 40
+    assert numbers["frame_size"] == round(48 * 32 / 40)
     assert {path.name for path in (tmp_path / "run" / "images").iterdir()} == picture_files(2)
     assert "levels.png" in picture_files(2) - picture_files(1)
     for name in ("codes_used", "perplexity", "prior_bits_per_code"):
@@ -337,8 +342,8 @@ def test_two_levels_run_end_to_end(finished, tmp_path):
     assert np.load(tmp_path / "run" / "samples" / "bottom_codes.npy").shape == (3, 8, 8)
     with open(tmp_path / "run" / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    stages = ("vqvae", "top_prior", "bottom_prior", "top_critic", "bottom_critic")
-    assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
+    epochs = {"vqvae": 2, "top_prior": 2, "bottom_prior": 2, "top_critic": 1, "bottom_critic": 1}
+    assert [row["stage"] for row in rows] == [stage for stage, count in epochs.items() for _ in range(count)]
     assert float(rows[0]["top_perplexity"]) > 0
     assert float(rows[0]["val_bottom_codes_used"]) > 0
     before = files(config.run_dir)

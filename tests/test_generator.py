@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import pytest
 
+import augmentation
+import dataset
 import generator
 import model
 import training
@@ -26,12 +28,16 @@ def with_random_weights(network: keras.Model) -> keras.Model:
 
 
 def make(grids: tuple[int, ...]) -> Generator:
-    vqvae = model.VQVAE(32, grids, channels=8, num_embeddings=16, embedding_dim=4)
+    """Networks with one level of codes; or with two, a code for background, and attention."""
+    settings = {"background_threshold": 0.05} if len(grids) > 1 else {}
+    vqvae = with_random_weights(model.VQVAE(32, grids, channels=8, num_embeddings=16, embedding_dim=4, **settings))
+    for quantizer in vqvae.quantizers if settings else []:
+        quantizer.embeddings.assign(np.concatenate([np.zeros((1, 4)), quantizer.embeddings[1:]]))
     priors = [
-        model.PixelCNN(16, (grid, grid), filters=8, num_blocks=3, coarse_grid_size=coarse)
+        model.PixelCNN(16, (grid, grid), filters=8, num_blocks=3, coarse_grid_size=coarse, attention=len(grids) - 1)
         for grid, coarse in zip(grids, [None, *[(grid, grid) for grid in grids]], strict=False)
     ]
-    return Generator(with_random_weights(vqvae), [with_random_weights(prior) for prior in priors], [0, 1, 2], 2)
+    return Generator(vqvae, [with_random_weights(prior) for prior in priors], [0, 1, 2], 2)
 
 
 @pytest.fixture(scope="module", params=[(4,), (4, 8)], ids=["one level", "two levels"])
@@ -41,7 +47,10 @@ def made(request) -> Generator:
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (3, 32, 32, 1)).astype(np.uint8)
+    """Noise with a black margin at the left."""
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 1)).astype(np.uint8)
+    images[:, :, :8] = 0
+    return images
 
 
 def test_images_become_codes_and_codes_become_images(made, images):
@@ -52,6 +61,8 @@ def test_images_become_codes_and_codes_become_images(made, images):
     assert reconstructions.shape == (3, 32, 32, 1)
     assert reconstructions.dtype == np.float32
     assert 0 <= reconstructions.min() <= reconstructions.max() <= 1
+    if len(grids) > 1:
+        assert not reconstructions[:, :, :8].any()
 
 
 def test_images_may_be_floats_or_lack_the_channel(made, images):
@@ -62,6 +73,16 @@ def test_images_may_be_floats_or_lack_the_channel(made, images):
 def test_images_of_another_size_are_refused(made):
     with pytest.raises(ValueError, match=r"must be \(N, 32, 32, 1\)"):
         made.encode(np.zeros((1, 16, 16, 1), np.uint8))
+
+
+def test_images_are_augmented_before_they_are_encoded(made, images):
+    drawn = {name: values.numpy() for name, values in augmentation.draw(3, seed=1, step=2).items()}
+    changed = np.asarray(augmentation.apply(dataset.to_float(images), drawn))
+    augmented, expected, clean = made.encode(images, drawn), made.encode(changed), made.encode(images)
+    for level, codes in enumerate(augmented):
+        assert codes.dtype == np.int32
+        np.testing.assert_array_equal(codes, expected[level])
+    assert not all(np.array_equal(a, b) for a, b in zip(augmented, clean, strict=True))
 
 
 def test_samples_are_determined_by_the_seed(made):

@@ -220,7 +220,103 @@ def test_moving_averages_do_not_drift_under_mixed_precision():
         np.testing.assert_allclose(rounded, exact, rtol=5e-3, atol=5e-3)
 
 
-# ----------------------------------------------------------------------------------------- convolutions
+# ----------------------------------------------------------------------------------------- background code
+
+
+BACKGROUND = np.zeros((2, 4, 4), bool)
+BACKGROUND[:, :, :3] = True
+
+
+def background_quantizer(**settings) -> layers.VectorQuantizer:
+    """A quantizer whose first code is reserved, as it is made, with random values in the others."""
+    layer = layers.VectorQuantizer(**{"num_embeddings": 6, "embedding_dim": 3, "background_code": True, **settings})
+    layer.build((None, 4, 4, 3))
+    return layer
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_background_and_nothing_else_gets_the_first_code(codebook):
+    layer, features = background_quantizer(codebook=codebook), random_features()
+    features[:, 0] = 0  # the other cells of this row are as close to the first code as can be
+    quantized, indices = (ops.convert_to_numpy(output) for output in layer(features, BACKGROUND))
+    np.testing.assert_array_equal(indices == 0, BACKGROUND)
+    np.testing.assert_array_equal(quantized[BACKGROUND], 0)
+    np.testing.assert_array_equal(layer.nearest(features, BACKGROUND), indices)
+    others = ops.convert_to_numpy(layer.embeddings)[1:]
+    nearest = 1 + np.linalg.norm(features[..., None, :] - others, axis=-1).argmin(-1)
+    np.testing.assert_array_equal(indices[~BACKGROUND], nearest[~BACKGROUND])
+
+
+def test_background_has_no_loss_and_no_gradient():
+    tf = pytest.importorskip("tensorflow")
+    layer, features = background_quantizer(codebook="gradient"), tf.constant(random_features())
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        layer(features, BACKGROUND)
+        loss = layer.loss_and_metrics()
+    gradient = tape.gradient(loss, features).numpy()
+    assert np.all(gradient[BACKGROUND] == 0)
+    assert np.all(np.any(gradient[~BACKGROUND] != 0, axis=-1))
+    other = features.numpy()
+    other[BACKGROUND] += 1
+    layer(other, BACKGROUND)
+    np.testing.assert_allclose(layer.loss_and_metrics(), loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_training_on_much_background_keeps_its_code_at_zero_and_all_others_elsewhere(codebook):
+    layer = background_quantizer(num_embeddings=16, codebook=codebook, decay=0.5, dead_code_threshold=0.5)
+    optimizer = keras.optimizers.Adam(0.1)
+    tf = pytest.importorskip("tensorflow")
+    replaced = 0
+    for _ in range(50):
+        before = ops.convert_to_numpy(layer.embeddings)
+        with tf.GradientTape() as tape:
+            layer(random_features() + 5, BACKGROUND, training=True)
+            loss = layer.loss_and_metrics()
+        if codebook == "gradient":
+            optimizer.apply(tape.gradient(loss, layer.trainable_variables), layer.trainable_variables)
+        codes = ops.convert_to_numpy(layer.embeddings)
+        np.testing.assert_array_equal(codes[0], 0)
+        assert np.all(np.any(codes[1:] != 0, axis=1))
+        replaced += np.sum(np.abs(codes - before).max(axis=1) > 2)
+    assert replaced >= 10  # the codes began near zero, and all are now among the vectors
+    assert np.all(np.linalg.norm(codes[1:], axis=1) > 4)
+    assert ops.convert_to_numpy(layer.counts)[0] == 0
+
+
+def test_usage_leaves_the_background_out():
+    layer, features = background_quantizer(), random_features()
+    indices = ops.convert_to_numpy(layer(features, BACKGROUND)[1])
+    layer.loss_and_metrics()
+    counts = np.bincount(indices[~BACKGROUND], minlength=6)
+    assert counts[0] == 0
+    assert counts.sum() == 8
+    np.testing.assert_array_equal(layer.last_call.counts, counts)
+    np.testing.assert_array_equal(layer.usage.counts, counts)
+    frequencies = counts[counts > 0] / 8
+    perplexity = np.exp(-np.sum(frequencies * np.log(frequencies)))
+    np.testing.assert_allclose(float(layer.usage.result()["perplexity"]), perplexity, rtol=1e-5)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_a_batch_of_nothing_but_background_changes_no_code(codebook):
+    layer, everywhere = background_quantizer(codebook=codebook), np.ones((2, 4, 4), bool)
+    layer(random_features(), BACKGROUND, training=True)
+    before = ops.convert_to_numpy(layer.embeddings)
+    indices = layer(random_features(), everywhere, training=True)[1]
+    assert not np.any(indices)
+    np.testing.assert_allclose(layer.embeddings, before, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_background_code_the_mask_is_ignored():
+    layer, features = make_quantizer(), random_features()
+    for with_mask, without in zip(layer(features, BACKGROUND), layer(features), strict=True):
+        np.testing.assert_array_equal(with_mask, without)
+    np.testing.assert_array_equal(layer.nearest(features, BACKGROUND), layer.nearest(features))
+
+
+# --------------------------------------------------------------------------------------- residual block
 
 
 def test_new_residual_block_is_the_identity():
@@ -228,50 +324,12 @@ def test_new_residual_block_is_the_identity():
     np.testing.assert_array_equal(layers.ResidualBlock(8)(features), features)
 
 
-def test_even_kernel_is_refused():
-    with pytest.raises(ValueError, match="kernel_size is 4: must be odd"):
-        layers.MaskedConv2D(8, 4, "A")
-
-
-def test_unknown_mask_is_refused():
-    with pytest.raises(ValueError, match="mask is 'C'"):
-        layers.MaskedConv2D(8, 3, "C")
-
-
-@pytest.mark.parametrize(
-    ("mask", "offsets"),
-    [
-        ("A", {(-1, -1), (-1, 0), (-1, 1), (0, -1)}),
-        ("B", {(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 0)}),
-        ("vertical A", {(-1, -1), (-1, 0), (-1, 1)}),
-        ("vertical B", {(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 0), (0, 1)}),
-        ("horizontal A", {(0, -1)}),
-        ("horizontal B", {(0, -1), (0, 0)}),
-    ],
-)
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_masked_convolution_reads_the_taps_of_its_mask(mask, offsets, dilation):
-    layer = layers.MaskedConv2D(1, 3, mask, dilation)
-    layer.build((None, 9, 9, 1))
-    layer.kernel.assign(RNG.random(layer.kernel.shape) + 1)
-    impulse = np.zeros((1, 9, 9, 1), np.float32)
-    impulse[0, 4, 4, 0] = 1
-    rows, columns = np.nonzero(ops.convert_to_numpy(layer(impulse))[0, :, :, 0])
-    # a cell reads the impulse through the tap (4 − row, 4 − column)
-    assert set(zip((4 - rows).tolist(), (4 - columns).tolist(), strict=True)) == {
-        (dilation * row, dilation * column) for row, column in offsets
-    }
-
-
 @pytest.mark.parametrize(
     "layer",
     [
         layers.VectorQuantizer(6, 3, codebook="gradient", prefix="top_"),
+        layers.VectorQuantizer(6, 3, background_code=True),
         layers.ResidualBlock(8),
-        layers.MaskedConv2D(8, 3, "B", dilation=2),
-        layers.Stem(8, 7, (4, 6), gated=False),
-        layers.GatedBlock(8, 3, dropout=0.1, last=True),
-        layers.PlainBlock(8, 5),
     ],
 )
 def test_layers_can_be_made_again_from_their_configuration(layer):

@@ -15,6 +15,7 @@ import phantom
 import two_sample
 from dataset import Slices
 from generator import Results
+from pngs import BRAIN_THRESHOLD
 
 RNG = np.random.default_rng(0)
 SUBJECTS = np.repeat(["a", "b", "c", "d"], 2)
@@ -55,7 +56,7 @@ def test_brain_ssim_ignores_the_background(brains):
     original = brains / np.float32(255)
     numbers = measured(brains, original * np.float32(0.9))  # The black background stays perfect.
     assert numbers["ssim_brain"] < numbers["ssim"]
-    inside = original > metrics.BRAIN_THRESHOLD
+    inside = original > BRAIN_THRESHOLD
     speckled = np.where(inside, original, 0.04).astype(np.float32)
     numbers = measured(np.where(inside, brains, 0).astype(np.uint8), speckled)
     assert numbers["ssim_brain"] > numbers["ssim"]
@@ -346,12 +347,60 @@ def test_file_bits_are_those_of_the_files(brains, tmp_path):
     assert math.isnan(metrics.file_bits(brains, "no such format"))
 
 
+# --------------------------------------------------------------------------------------- cropped slices
+
+
+def cropped(results: Results, side: int, frame_size: int) -> Results:
+    """Results of which only the central square is there, but the frame is known."""
+    begin = (frame_size - side) // 2
+    centre = np.s_[:, begin : begin + side, begin : begin + side]
+    return replace(
+        results,
+        slices={
+            split: replace(slices, images=slices.images[centre], crop=side, frame_size=frame_size)
+            for split, slices in results.slices.items()
+        },
+        reconstructions={split: images[centre] for split, images in results.reconstructions.items()},
+    )
+
+
+@pytest.mark.parametrize("side", [80, 81])
+def test_cropped_slices_are_put_back_into_their_black_frame(results, side):
+    begin = (96 - side) // 2
+    frame = np.ones((96, 96, 1), bool)
+    frame[begin : begin + side, begin : begin + side] = False
+    whole = metrics.whole_slices(cropped(results, side, 96))
+    for split, slices in results.slices.items():
+        assert not np.any(slices.images[:, frame])
+        assert np.array_equal(whole.slices[split].images, slices.images)
+        assert whole.slices[split].images.dtype == np.uint8
+        assert np.array_equal(whole.slices[split].positions, slices.positions)
+    for split, images in results.reconstructions.items():
+        assert np.array_equal(whole.reconstructions[split], np.where(frame, 0, images))
+
+
+def test_slices_that_are_whole_stay_as_they_are(results):
+    assert metrics.whole_slices(results) is results
+
+
+def test_reconstructions_of_cropped_slices_are_measured_on_the_whole_frame(results):
+    small = cropped(results, 80, 96)
+    numbers, rows = metrics.measure(small), metrics.slice_rows(small)
+    assert (numbers["crop"], numbers["frame_size"]) == (80, 96)
+    whole = metrics.whole_slices(small)
+    expected = metrics.reconstruction_metrics(whole.slices["test"], whole.reconstructions["test"])
+    assert {name: numbers[name] for name in expected} == expected
+    assert np.mean([row["ssim"] for row in rows]) == pytest.approx(numbers["ssim"])
+    assert numbers["prior_bits_per_dimension"] == pytest.approx(numbers["prior_bits_per_image"] / 96**2)
+
+
 # -------------------------------------------------------------------------------------- everything together
 
 
 def test_measure_measures_the_test_split(results):
     numbers = metrics.measure(results)
     assert (numbers["test_slices"], numbers["test_subjects"]) == (8, 4)
+    assert (numbers["crop"], numbers["frame_size"]) == (0, 96)
     values = metrics.metrics_by_slice(results.slices["test"].images, results.reconstructions["test"])
     for name in metrics.RECONSTRUCTION_METRICS:
         assert numbers[name] == pytest.approx(np.nanmean(values[name]))

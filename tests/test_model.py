@@ -4,6 +4,8 @@ import pytest
 from keras import ops
 from skimage.metrics import structural_similarity
 
+import augmentation
+import masked
 import model
 
 RNG = np.random.default_rng(0)
@@ -197,6 +199,99 @@ def trained_on(vqvae: model.VQVAE, x: np.ndarray) -> list[bool]:
     return [not np.array_equal(a, b) for a, b in zip(before, vqvae.get_weights(), strict=True)]
 
 
+BACKGROUND = 0.05  # what counts as background in these tests
+
+
+def brain_images(count: int, size: int = 32) -> np.ndarray:
+    """Images (count, size, size, 1) of a few bright pixels in some of the 4 × 4 squares; all others are up to 0.05."""
+    bright = RNG.random((count, size // 4, size // 4, 1)) < 0.3
+    bright = bright.repeat(4, axis=1).repeat(4, axis=2) & (RNG.random((count, size, size, 1)) < 0.2)
+    images = np.where(bright, RNG.uniform(0.051, 0.2, bright.shape), RNG.uniform(0, BACKGROUND, bright.shape))
+    images[:, 1::4, 1::4] = np.maximum(images[:, 1::4, 1::4], BACKGROUND)
+    return images.astype(np.float32)
+
+
+def brightest(images: np.ndarray, grid: int) -> np.ndarray:
+    """The brightest pixel of each cell of a grid: (N, grid, grid)."""
+    side = images.shape[1] // grid
+    return images.reshape(-1, grid, side, grid, side).max(axis=(2, 4))
+
+
+def with_random_weights(vqvae: model.VQVAE) -> model.VQVAE:
+    """Set random values in all weights other than the codes."""
+    for layer in (*vqvae.encoders, *vqvae.projections, *vqvae.decoders):
+        for weight in layer.trainable_variables:
+            weight.assign(RNG.normal(0, 0.2, weight.shape))
+    return vqvae
+
+
+@pytest.mark.parametrize(("codebook", "grids"), [("gradient", (8,)), ("ema", (2, 8))])
+def test_background_is_encoded_as_code_0_and_decoded_to_black(grids, codebook):
+    vqvae = with_random_weights(small_vqvae(grids=grids, codebook=codebook, background_threshold=BACKGROUND))
+    x = brain_images(3)
+    codes = [ops.convert_to_numpy(indices) for indices in vqvae.encode(x)]
+    for indices, grid in zip(codes, grids, strict=True):
+        np.testing.assert_array_equal(indices == 0, brightest(x, grid) <= BACKGROUND)
+    y = ops.convert_to_numpy(vqvae(x))
+    background = (brightest(x, grids[-1]) <= BACKGROUND).repeat(4, axis=1).repeat(4, axis=2)
+    assert np.all(y[background] == 0)
+    assert np.mean(y[~background] > 0) > 0.1
+    np.testing.assert_allclose(vqvae.decode_code(codes), y, atol=1e-5)
+    quantized = [layer.lookup(indices) for layer, indices in zip(vqvae.quantizers, codes, strict=True)]
+    np.testing.assert_allclose(vqvae.decode(quantized), y, atol=1e-5)
+
+
+def test_any_codes_are_decoded_to_black_where_they_are_background():
+    vqvae = with_random_weights(small_vqvae(grids=(4, 8), background_threshold=BACKGROUND))
+    top, bottom = (RNG.integers(0, 3, (2, grid, grid)).astype(np.int32) for grid in (4, 8))
+    y = brightest(ops.convert_to_numpy(vqvae.decode_code([top, bottom])), 8)
+    assert np.all(y[bottom == 0] == 0)
+    assert np.mean(y[bottom != 0] > 0) > 0.5
+
+
+@pytest.mark.parametrize(("codebook", "grids"), [("gradient", (8,)), ("ema", (4, 8))])
+def test_training_keeps_background_black(codebook, grids):
+    vqvae, x = small_vqvae(grids=grids, codebook=codebook, background_threshold=BACKGROUND), brain_images(8)
+    vqvae.compile(keras.optimizers.Adam(3e-3), run_eagerly=True)
+    vqvae.fit(x, epochs=3, batch_size=8, verbose=0)
+    for level, indices in enumerate(vqvae.encode(x)):
+        np.testing.assert_array_equal(indices == 0, brightest(x, grids[level]) <= BACKGROUND)
+        codes = ops.convert_to_numpy(vqvae.quantizers[level].embeddings)
+        np.testing.assert_array_equal(codes[0], 0)
+        assert np.all(np.any(codes[1:] != 0, axis=1))
+    for training in (False, True):
+        y = brightest(ops.convert_to_numpy(vqvae(x, training=training)), 8)
+        assert np.all(y[brightest(x, 8) <= BACKGROUND] == 0)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_background_is_the_same_in_mixed_precision(policy):
+    levels = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(4, axis=1).repeat(4, axis=2)
+    keras.config.set_dtype_policy(policy)
+    try:
+        vqvae = with_random_weights(small_vqvae(grids=(8,), background_threshold=BACKGROUND))
+        y = ops.convert_to_numpy(vqvae(levels.astype(np.float32) / 255, training=True))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    black = np.all(y.reshape(8, 4, 8, 4) == 0, axis=(1, 3))
+    np.testing.assert_array_equal(black.ravel(), np.arange(64) <= 12)
+
+
+def test_without_a_threshold_code_0_and_black_are_like_all_others():
+    vqvae, black = with_random_weights(small_vqvae()), np.zeros((1, 32, 32, 1), np.float32)
+    quantizer = vqvae.quantizers[0]
+    assert np.any(ops.convert_to_numpy(quantizer.embeddings)[0])
+    assert np.any(ops.convert_to_numpy(vqvae(black)))
+    assert np.any(ops.convert_to_numpy(vqvae.decode([np.zeros((1, 4, 4, 4), np.float32)])))
+    vectors = ops.convert_to_numpy(vqvae.projections[0](vqvae.features(black)[0]))
+    for code in (3, 0):
+        embeddings = RNG.normal(10, 1, (16, 4))
+        embeddings[code] = vectors[0, 1, 1]
+        quantizer.embeddings.assign(embeddings)
+        for x in (black, random_images(1) / 100):
+            assert ops.convert_to_numpy(vqvae.encode(x)[0])[0, 1, 1] == code
+
+
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_a_frozen_model_does_not_change_in_training(codebook):
@@ -244,8 +339,9 @@ def test_each_level_and_the_bottom_dropout_have_random_streams_of_their_own():
     [
         small_vqvae,
         lambda: small_vqvae(grids=(4, 8)),
+        lambda: small_vqvae(background_threshold=0.5),
         lambda: small_prior(True),
-        lambda: small_prior(False),
+        lambda: small_prior(False, attention=2),
         lambda: small_prior(True, (6, 8), coarse_grid_size=(3, 4)),
     ],
 )
@@ -261,10 +357,12 @@ def test_saved_and_loaded_models_give_the_same_output(tmp_path, make):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize(("grid", "coarse"), [((5, 7), None), ((6, 6), None), ((6, 6), (3, 3))])
-def test_prior_depends_on_all_earlier_cells_and_on_no_later_one(gated, grid, coarse):
+@pytest.mark.parametrize(
+    ("grid", "coarse", "attention"), [((5, 7), None, 0), ((6, 6), None, 0), ((6, 6), (3, 3), 0), ((4, 6), None, 2)]
+)
+def test_prior_depends_on_all_earlier_cells_and_on_no_later_one(gated, grid, coarse, attention):
     """Changing a cell changes no logits at or before it, and all logits after it that should depend on it."""
-    prior = small_prior(gated, grid, coarse_grid_size=coarse)
+    prior = small_prior(gated, grid, coarse_grid_size=coarse, attention=attention)
     height, width = grid
     inputs = random_inputs(prior, 1)
     before = ops.convert_to_numpy(prior(inputs))
@@ -325,6 +423,29 @@ def test_prior_is_conditioned_on_the_slice_position(gated):
     assert not np.allclose(first, second)
     first, second = ops.convert_to_numpy(small_prior(gated, use_position=False)(inputs))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_prior_is_conditioned_on_the_augmentation(gated):
+    prior = small_prior(gated, use_position=False)
+    codes, count = RNG.integers(0, 8, (1, 5, 7)).astype(np.int32), augmentation.NUM_PARAMETERS
+    inputs = {"codes": codes.repeat(1 + count, axis=0), "positions": np.zeros(1 + count, np.int32)}
+    parameters = np.concatenate([np.zeros((1, count)), np.eye(count)]).astype(np.float32)
+    logits = ops.convert_to_numpy(prior({**inputs, "augmentation": parameters}))
+    np.testing.assert_allclose(logits[0], ops.convert_to_numpy(prior(inputs))[0], atol=1e-5)
+    assert np.all(np.abs(logits[1:] - logits[0]).max(axis=(1, 2, 3)) > 0.01)  # each parameter matters
+
+
+def test_attention_layers_are_spread_evenly_over_the_blocks():
+    def places(num_blocks: int, attention: int) -> list[int]:
+        prior = model.PixelCNN(8, (3, 3), filters=8, num_blocks=num_blocks, attention=attention)
+        blocks = [i for i, layer in enumerate(prior.blocks) if not isinstance(layer, masked.CausalAttention)]
+        assert len(blocks) == num_blocks
+        assert len(prior.blocks) == num_blocks + attention
+        return [i for i in range(len(prior.blocks)) if i not in blocks]
+
+    assert places(4, 2) == [2, 5]
+    assert places(2, 2) == [1, 3]
 
 
 @pytest.mark.parametrize("gated", [True, False])

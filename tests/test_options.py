@@ -22,6 +22,7 @@ def tiny(**constants) -> driver.Config:
         "batch_size": 8,
         "prior_filters": 8,
         "prior_blocks": 2,
+        "prior_attention": 1,
     }
     return driver.Config(**{**settings, **constants})
 
@@ -154,6 +155,14 @@ def test_a_saved_configuration_is_read_back():
         ({"mse_weight": 0, "l1_weight": 0, "ssim_weight": 0}, "at least one of them must be positive"),
         ({"prior_blocks": 1, "image_size": 96, "grids": (12,)}, "prior_blocks is 1: "),
         ({"sample_positions": (1,), "prior_uses_position": False}, "also set prior_uses_position"),
+        ({"crop": 5, "data_dir": "slices"}, "crop is 5: must be None, 0, or 16 to 4096 pixels"),
+        ({"crop": -16, "data_dir": "slices"}, "crop is -16: must be None, 0, or 16 to 4096 pixels"),
+        ({"crop": 4097, "data_dir": "slices"}, "crop is 4097: must be None, 0, or 16 to 4096 pixels"),
+        ({"crop": 192}, "crop is 192: synthetic slices are drawn at image_size; set data_dir, or crop to 0"),
+        ({"crop": "all"}, "crop is all: must be a whole number or None"),
+        ({"prior_attention": 3}, "prior_attention is 3: must be 0 to prior_blocks, 2"),
+        ({"prior_attention": -1}, "prior_attention is -1: must be 0 to prior_blocks, 2"),
+        ({"background_code": 1}, "background_code is 1: must be True or False"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused_before_anything_is_written(tmp_path, constants, message):
@@ -162,6 +171,14 @@ def test_configurations_that_cannot_work_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError):
         driver.main(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [{"crop": None}, {"crop": 0}, {"crop": 16, "data_dir": "slices"}, {"prior_attention": 0}, {"prior_attention": 2}],
+)
+def test_limits_are_allowed(constants):
+    options.check(tiny(**constants))
 
 
 def test_paths_may_be_text_and_grids_a_list():

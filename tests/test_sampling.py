@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-import layers
 import model
 import sampling
 
@@ -17,9 +16,10 @@ def random_prior(*arguments, **settings) -> model.PixelCNN:
     return prior
 
 
-@pytest.fixture(params=[True, False], ids=["gated", "plain"])
+@pytest.fixture(params=[(True, 0), (False, 0), (True, 2)], ids=["gated", "plain", "attention"])
 def prior(request) -> model.PixelCNN:
-    return random_prior(8, (3, 5), filters=16, num_blocks=2, gated=request.param)
+    gated, attention = request.param
+    return random_prior(8, (3, 5), filters=16, num_blocks=2, gated=gated, attention=attention)
 
 
 CONDITIONING = {"positions": np.array([1, 5, 9, 5, 1], np.int32)}
@@ -60,8 +60,9 @@ def test_codes_equal_those_of_one_forward_pass_per_cell(prior):
     assert np.array_equal(sample(prior, 7), sample_with_full_passes(prior, 7, CONDITIONING))
 
 
-def test_bottom_codes_equal_those_of_one_forward_pass_per_cell():
-    prior = random_prior(8, (4, 6), filters=16, num_blocks=2, coarse_grid_size=(2, 3))
+@pytest.mark.parametrize("attention", [0, 2])
+def test_bottom_codes_equal_those_of_one_forward_pass_per_cell(attention):
+    prior = random_prior(8, (4, 6), filters=16, num_blocks=2, coarse_grid_size=(2, 3), attention=attention)
     conditioning = CONDITIONING | {"coarse": RNG.integers(0, 8, (5, 2, 3)).astype(np.int32)}
     expected = sample_with_full_passes(prior, 7, conditioning)
     assert np.array_equal(sample(prior, 7, conditioning, batch_size=2), expected)
@@ -120,20 +121,20 @@ def test_progress_counts_every_grid(prior):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("use_position", [True, False])
 @pytest.mark.parametrize(
-    ("grid", "num_blocks", "kernel_size", "coarse_grid_size"),
+    ("grid", "num_blocks", "kernel_size", "coarse_grid_size", "attention"),
     [
-        ((3, 5), 1, 3, None),
-        ((6, 4), 2, 3, None),
-        ((5, 7), 3, 5, None),
-        ((4, 9), 3, 3, None),
-        ((7, 7), 1, 7, None),
-        ((13, 3), 4, 3, None),
-        ((6, 4), 2, 3, (3, 2)),
-        ((8, 8), 3, 3, (2, 2)),
+        ((3, 5), 1, 3, None, 0),
+        ((6, 4), 2, 3, None, 2),
+        ((5, 7), 3, 5, None, 0),
+        ((4, 9), 3, 3, None, 1),
+        ((7, 7), 1, 7, None, 0),
+        ((13, 3), 4, 3, None, 0),
+        ((6, 4), 2, 3, (3, 2), 1),
+        ((8, 8), 3, 3, (2, 2), 0),
     ],
 )
 def test_cached_logits_equal_those_of_the_full_forward_pass(
-    gated, use_position, grid, num_blocks, kernel_size, coarse_grid_size
+    gated, use_position, grid, num_blocks, kernel_size, coarse_grid_size, attention
 ):
     prior = model.PixelCNN(
         8,
@@ -143,6 +144,7 @@ def test_cached_logits_equal_those_of_the_full_forward_pass(
         kernel_size=kernel_size,
         gated=gated,
         use_position=use_position,
+        attention=attention,
         coarse_grid_size=coarse_grid_size,
     )
     for weight in prior.trainable_variables:
@@ -167,39 +169,3 @@ def cached_logits(prior: model.PixelCNN, codes: np.ndarray, conditioning) -> np.
     # not compiled, so that `sample_cell` is called for every cell
     np.testing.assert_array_equal(sampling.cached_sampling(prior, conditioning, inputs, sample_cell), inputs)
     return np.stack(cached, axis=1).reshape(*codes.shape, -1)
-
-
-class RunningMean:
-    """Adds the mean of the horizontal stack over all earlier cells: a layer with a state for the whole grid.
-
-    Every cell writes its features by index, as causal self-attention would write keys and values.
-    """
-
-    def __call__(self, stacks, condition, training=False):
-        *vertical, features = stacks
-        height, width, channels = features.shape[1:]
-        flat = ops.reshape(features, (-1, height * width, channels))
-        earlier = np.tri(height * width, k=-1, dtype=np.float32)
-        earlier /= np.maximum(earlier.sum(axis=1, keepdims=True), 1)
-        return *vertical, features + ops.reshape(ops.matmul(earlier, flat), ops.shape(features))
-
-    def start(self, batch_size, grid_size):
-        return {"features": ops.zeros((grid_size[0] * grid_size[1], batch_size, 16))}
-
-    def row(self, state, vertical, condition, row):
-        first_cell = ops.cast(row, "int32") * vertical.shape[1]
-        return {**state, "first_cell": first_cell}, vertical
-
-    def cell(self, state, horizontal, column):
-        index = state["first_cell"] + ops.cast(column, "int32")
-        mean = ops.sum(state["features"], axis=0) / ops.cast(ops.maximum(index, 1), "float32")
-        features = layers.write(state["features"], index, horizontal)
-        return {**state, "features": features}, horizontal + mean
-
-
-def test_a_layer_may_keep_a_state_through_the_whole_grid(prior):
-    prior.blocks.insert(1, RunningMean())
-    codes = RNG.integers(0, 8, (5, 3, 5)).astype(np.int32)
-    full = ops.convert_to_numpy(prior({"codes": codes, **CONDITIONING}))
-    np.testing.assert_allclose(cached_logits(prior, codes, CONDITIONING), full, atol=1e-4)
-    assert np.array_equal(sample(prior, 7), sample_with_full_passes(prior, 7, CONDITIONING))

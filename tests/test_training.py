@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -122,7 +123,7 @@ def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(epoch: int) -> tf.data.Dataset:
-    pairs = [batch(step) for step in range(epoch * STEPS, EPOCHS * STEPS)]
+    pairs = [batch(step) for step in range(epoch * STEPS, (epoch + 1) * STEPS)]
     return tf.data.Dataset.from_tensor_slices(tuple(np.stack(arrays) for arrays in zip(*pairs, strict=True)))
 
 
@@ -151,6 +152,7 @@ def train(
     rate: float = 0.1,
     start_from: Path | None = None,
     data_dir: str | None = None,
+    batches: Callable[[int], tf.data.Dataset] = batches,
 ) -> keras.Model:
     """Train a small network, or continue to; returns it."""
     stage = Stage(
@@ -231,6 +233,47 @@ def test_the_learning_rate_ends_where_training_ends(uninterrupted):
     rates = [row["learning_rate"] for row in history(uninterrupted)]
     assert rates[-1] == pytest.approx(0, abs=1e-9)
     assert rates[-2] > 1e-3
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard shows for a folder, by name and step."""
+    found = {}
+    for path in sorted(folder.glob("events*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in found
+                found[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    return found
+
+
+def assert_logged(folder: Path) -> None:
+    """Check that the logs of training and validation have the numbers of the history."""
+    for kind, prefix in (("train", ""), ("validation", "val_")):
+        expected = {("loss", row["epoch"]): pytest.approx(row[f"{prefix}loss"], rel=1e-5) for row in history(folder)}
+        assert scalars(folder / "logs" / "net" / kind) == expected
+
+
+def test_metrics_are_logged_for_tensorboard(uninterrupted, tmp_path, monkeypatch):
+    assert len(history(uninterrupted)) == EPOCHS
+    assert_logged(uninterrupted)
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 3)
+    assert_logged(tmp_path)
+    train(tmp_path, monkeypatch)
+    assert_logged(tmp_path)
+
+
+def test_each_epoch_has_batches_of_its_own(tmp_path, monkeypatch):
+    asked = []
+
+    def recorded(epoch: int) -> tf.data.Dataset:
+        asked.append(epoch)
+        return batches(epoch)
+
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 2, batches=recorded)
+    train(tmp_path, monkeypatch, batches=recorded)
+    assert asked == [0, 1, 2, 2, 3, 4, 5]  # The third epoch is trained again.
 
 
 def test_a_trained_network_is_loaded_and_not_trained_again(tmp_path, monkeypatch):

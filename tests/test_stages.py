@@ -1,0 +1,108 @@
+"""How the networks of a configuration are trained: on which batches, and for how long."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import augmentation
+import dataset
+import driver
+import phantom
+import stages
+from generator import Generator
+
+
+@pytest.fixture(scope="module", params=[(4,), (4, 8)], ids=["one level", "two levels"])
+def encoded(request) -> tuple[driver.Config, driver.Slices, Generator, driver.Codes]:
+    """Slices at a position each, and their codes by an untrained VQ-VAE."""
+    config = driver.Config(
+        image_size=32,
+        grids=request.param,
+        channels=8,
+        num_embeddings=16,
+        embedding_dim=4,
+        batch_size=4,
+        background_code=False,
+        prior_filters=8,
+        prior_blocks=3,
+        prior_attention=1,
+        prior_epochs=2,
+    )
+    images = np.stack([phantom.slice_image(0, subject, 6, 32)[..., None] for subject in range(12)])
+    train = dataset.Slices(images, np.arange(12, dtype=np.int32), np.array(["case"] * 12))
+    slices = {"train": train, "validate": dataset.Slices(images[:4], train.positions[:4], train.subjects[:4])}
+    vqvae, random = stages.make_vqvae(config, 0.1), np.random.default_rng(0)
+    for quantizer in vqvae.quantizers:
+        quantizer.embeddings.assign(random.normal(0, 0.5, quantizer.embeddings.shape))
+    encoder = Generator(vqvae, [], train.positions)
+    return config, slices, encoder, {split: encoder.encode(some.images) for split, some in slices.items()}
+
+
+def epoch_of(encoded, epoch: int, critic: bool = False, **constants) -> list[dict[str, np.ndarray]]:
+    """The inputs of each level's prior in an epoch, sorted by position."""
+    config, slices, encoder, codes = encoded
+    epochs = []
+    for stage in stages.prior_stages(dataclasses.replace(config, **constants), slices, codes, encoder, critic):
+        batches = list(stage.batches(epoch).take(stage.steps))
+        assert all(np.array_equal(inputs["codes"], targets) for inputs, targets in batches)
+        epochs.append({name: np.concatenate([inputs[name] for inputs, _ in batches]) for name in batches[0][0]})
+    return [{name: values[np.argsort(inputs["positions"])] for name, values in inputs.items()} for inputs in epochs]
+
+
+def parameters_of(condition: np.ndarray) -> dict[str, np.ndarray]:
+    """The parameters that `augmentation.as_condition` has made a condition of."""
+    flip, angle, scale_x, scale_y, gain = condition[:, :5].T
+    bend_x, bend_y = np.split(condition[:, 5:] * np.float32(augmentation.MAX_BEND), 2, axis=1)
+    parameters = {"flip": 1 - 2 * flip, "angle": angle * np.float32(augmentation.MAX_ANGLE)}
+    parameters |= {"scale_x": 1 + scale_x * np.float32(augmentation.MAX_SCALE)}
+    parameters |= {"scale_y": 1 + scale_y * np.float32(augmentation.MAX_SCALE), "bend_x": bend_x, "bend_y": bend_y}
+    return parameters | {"gain": 1 + gain * np.float32(augmentation.MAX_GAIN)}
+
+
+def test_priors_are_trained_on_the_codes_of_augmented_slices(encoded):
+    _, slices, encoder, clean = encoded
+    for level, inputs in enumerate(epoch_of(encoded, 1)):
+        assert np.array_equal(inputs["positions"], slices["train"].positions)
+        parameters = parameters_of(inputs["augmentation"])
+        np.testing.assert_allclose(augmentation.as_condition(parameters), inputs["augmentation"], atol=1e-4)
+        expected = encoder.encode(slices["train"].images, parameters)[level]
+        assert np.mean(inputs["codes"] == expected) > 0.98  # Rounding may change a few.
+        assert np.mean(inputs["codes"] == clean["train"][level]) < 0.9
+        assert np.mean(inputs["codes"] == np.roll(expected, 1, axis=0)) < 0.9
+
+
+def test_augmentation_for_the_prior_is_a_function_of_seed_and_epoch(encoded):
+    first, again = epoch_of(encoded, 1)[0], epoch_of(encoded, 1)[0]
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    for other in (epoch_of(encoded, 2)[0], epoch_of(encoded, 1, seed=1)[0], epoch_of(encoded, 1, critic=True)[0]):
+        assert not np.array_equal(first["codes"], other["codes"])
+        gains = first["augmentation"][:, 4], other["augmentation"][:, 4]
+        assert abs(np.corrcoef(*gains)[0, 1]) < 0.8
+
+
+def test_both_levels_of_a_slice_are_augmented_alike(encoded):
+    top, *bottom = epoch_of(encoded, 1)
+    assert top.keys() == {"codes", "positions", "augmentation"}
+    for inputs in bottom:
+        assert np.array_equal(inputs["coarse"], top["codes"])
+        assert np.array_equal(inputs["augmentation"], top["augmentation"])
+
+
+def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(encoded):
+    config, slices, encoder, codes = encoded
+    for level, inputs in enumerate(epoch_of(encoded, 1, prior_augment=False)):
+        assert "augmentation" not in inputs
+        assert np.array_equal(inputs["codes"], codes["train"][level])
+    for level, stage in enumerate(stages.prior_stages(config, slices, codes, encoder)):
+        ((inputs, targets),) = stage.validation
+        assert inputs.keys() == {"codes", "positions"} | ({"coarse"} if level else set())
+        assert np.array_equal(targets, codes["validate"][level])
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (2, 1), (4, 3), (8, 6)])
+def test_critics_are_trained_for_three_quarters_of_the_epochs(encoded, epochs, expected):
+    config = dataclasses.replace(encoded[0], prior_epochs=epochs)
+    for critic, count in ((False, epochs), (True, expected)):
+        made = stages.prior_stages(config, encoded[1], encoded[3], encoded[2], critic)
+        assert [stage.epochs for stage in made] == [count] * len(config.grids)
