@@ -237,8 +237,9 @@ class VQVAE(keras.Model):
 
     def background(self, images: Tensor, level: int) -> Tensor:
         """Return which cells of a level's grid show nothing but background: images (B, H, W, 1) -> (B, h, w) bool."""
-        side = self.image_size // self.grids[level]
-        return ops.max_pool(images, side)[..., 0] <= (self.background_threshold or 0)
+        grid, side = self.grids[level], self.image_size // self.grids[level]
+        brightest = ops.max(ops.reshape(images, (-1, grid, side, grid, side)), axis=(2, 4))
+        return brightest <= (self.background_threshold or 0)
 
     def _blacken(self, decoded: Tensor, background: Tensor) -> Tensor:
         """Set the pixels (B, H, W, 1) of cells of the finest grid that are background, (B, h, w) bool, to zero."""
