@@ -118,10 +118,11 @@ def load(
 
 
 def fingerprint(slices: dict[str, Slices]) -> str:
-    """Return a checksum (SHA-256, hexadecimal) of all slices with their splits, subjects and positions."""
+    """Return a checksum (SHA-256, hexadecimal) of all slices with their splits, frames, subjects and positions."""
     digest = hashlib.sha256()
     for split, split_slices in slices.items():
-        digest.update(f"{split} {split_slices.images.shape} {ascii(split_slices.subjects.tolist())}".encode())
+        shape, frame = split_slices.images.shape, (split_slices.crop, split_slices.frame_size)
+        digest.update(f"{split} {shape} {frame} {ascii(split_slices.subjects.tolist())}".encode())
         digest.update(split_slices.positions.tobytes())
         digest.update(np.ascontiguousarray(split_slices.images).data)
     return digest.hexdigest()

@@ -82,6 +82,11 @@ class Generator:
         """Number of codes of each codebook, K."""
         return self.vqvae.quantizers[0].num_embeddings
 
+    @property
+    def background_code(self) -> bool:
+        """Whether code 0 is reserved for background."""
+        return self.vqvae.background_threshold is not None
+
     def encode(self, images: np.ndarray, parameters: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
         """Encode images.
 

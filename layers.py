@@ -211,7 +211,7 @@ class VectorQuantizer(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.codebook_loss = keras.metrics.Mean(name=f"{prefix}codebook")
         self.commitment_loss = keras.metrics.Mean(name=f"{prefix}commitment")
-        self.usage = CodeUsage(num_embeddings, prefix)
+        self.usage = CodeUsage(num_embeddings - background_code, prefix)
         self.last_call = threading.local()  # each replica runs in its own thread
 
     def build(self, input_shape: Shape) -> None:
@@ -272,7 +272,7 @@ class VectorQuantizer(keras.layers.Layer):
         last = self.last_call
         self.codebook_loss.update_state(last.codebook_loss, sample_weight=last.batch_size)
         self.commitment_loss.update_state(last.commitment_loss, sample_weight=last.batch_size)
-        self.usage.update_state(last.counts)
+        self.usage.update_state(last.counts[int(self.background_code) :])
         return last.commitment_loss + last.codebook_loss if self.codebook == "gradient" else last.commitment_loss
 
     def nearest(self, inputs: Tensor, background: Tensor | None = None) -> Tensor:

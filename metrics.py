@@ -266,7 +266,7 @@ def code_and_prior_metrics(results: Results) -> dict[str, Any]:
         nats[split] = [float(np.mean(values, dtype=np.float64)) for values in by_level]
     levels = [
         {
-            **code_metrics(indices, generator.num_embeddings),
+            **code_metrics(indices, generator.num_embeddings, generator.background_code),
             **prior_metrics(nats["test"][level], indices[0].size),
             "prior_nats_per_code_train": nats["train"][level],
             "prior_nats_per_code_validate": nats["validate"][level],
@@ -276,23 +276,33 @@ def code_and_prior_metrics(results: Results) -> dict[str, Any]:
     return combine_levels(levels, generator.level_names)
 
 
-def code_metrics(codes: np.ndarray, num_embeddings: int) -> dict[str, float]:
+def code_metrics(codes: np.ndarray, num_embeddings: int, background_code: bool = False) -> dict[str, float]:
     """Measure how code indices (N, h, w) use a codebook of `num_embeddings` codes.
+
+    Args:
+        codes: The code indices.
+        num_embeddings: Number of codes.
+        background_code: Whether code 0 is reserved for background. `codes_used` and `perplexity` then leave it out.
 
     Returns:
         codes_used: Fraction of the codes that occur.
-        perplexity: exp of the entropy of a single code, between 1 and `num_embeddings`.
+        perplexity: exp of the entropy of a single code, between 1 and the number of codes.
         marginal_entropy_bits_per_image: Bits per image if each code is coded independently by its frequency. The
             difference to the bits of the prior is what the prior has learnt about dependence between codes.
     """
     counts = np.bincount(codes.ravel(), minlength=num_embeddings)
-    frequencies = counts[counts > 0] / counts.sum()
-    nats = -np.sum(frequencies * np.log(frequencies))
+    drawing = counts[int(background_code) :]
     return {
-        "codes_used": float(np.mean(counts > 0)),
-        "perplexity": float(np.exp(nats)),
-        "marginal_entropy_bits_per_image": float(nats / math.log(2) * codes[0].size),
+        "codes_used": float(np.mean(drawing > 0)),
+        "perplexity": float(np.exp(entropy(drawing))),
+        "marginal_entropy_bits_per_image": float(entropy(counts) / math.log(2) * codes[0].size),
     }
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Return the entropy of relative frequencies in nats, given how often each value occurs."""
+    frequencies = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-np.sum(frequencies * np.log(frequencies)))
 
 
 def prior_metrics(nats_per_code: float, codes_per_image: int) -> dict[str, float]:

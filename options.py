@@ -44,6 +44,7 @@ _EARLIER_WORK = {
     "crop": 0,
     "background_code": False,
     "prior_attention": 0,
+    "bottom_prior_attention": 0,
     "prior_augment": False,
     "l1_weight": 0.0,
     "ssim_weight": 0.0,
@@ -66,6 +67,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 4,
             "vqvae_epochs": 8,
             "prior_epochs": 3,
+            "bottom_prior_attention": 0,
             "measured_slices": 960,
         },
     ),
@@ -267,7 +269,8 @@ def check(config: Any) -> None:
     for name in ("seed", "residual_blocks", "top_k", "process_index"):
         require(name, lambda v: v >= 0, "0 or more")
     require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
-    require("prior_attention", lambda v: 0 <= v <= config.prior_blocks, f"0 to prior_blocks, {config.prior_blocks}")
+    for name in ("prior_attention", "bottom_prior_attention"):
+        require(name, lambda v: 0 <= v <= config.prior_blocks, f"0 to prior_blocks, {config.prior_blocks}")
     require("seed", lambda v: v < 2**32, "below 4294967296")
     for name in ("ema_decay", "dead_code_threshold", "bottom_dropout", "prior_dropout"):
         require(name, lambda v: 0 <= v < 1, "from 0 to below 1")

@@ -79,7 +79,7 @@ def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior
         dropout=config.prior_dropout,
         gated=config.prior == "gated",
         use_position=config.prior_uses_position,
-        attention=config.prior_attention,
+        attention=config.bottom_prior_attention if level else config.prior_attention,
         coarse_grid_size=(config.grids[level - 1],) * 2 if level else None,
     )
 

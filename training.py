@@ -316,9 +316,10 @@ def initial_networks(
 def _check_architecture(network: keras.Model, path: Path) -> None:
     """Raise RunError unless a .keras file in the folder `start_from` contains weights for this network."""
     other = load_model(path, type(network))
-    if [tuple(weights.shape) for weights in network.weights] == [tuple(weights.shape) for weights in other.weights]:
-        return
     here, there = network.get_config(), other.get_config()
+    shapes = [[tuple(weights.shape) for weights in one.weights] for one in (network, other)]
+    if shapes[0] == shapes[1] and here.get("background_threshold") == there.get("background_threshold"):
+        return
     differing = [name for name in here if here[name] != there[name] and name not in ("seed", "data_variance")]
     shown = "; ".join(f"{name} is {there[name]} there, {here[name]} here" for name in differing)
     raise RunError(

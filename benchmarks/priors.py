@@ -50,7 +50,7 @@ Variant = tuple[driver.Config, Callable[[], model.PixelCNN]]  # How it is traine
 
 def variants(config: driver.Config, level: int) -> dict[str, Variant]:
     """Return the priors to compare, by name."""
-    filters = "bottom_prior_filters" if level else "prior_filters"
+    filters, attention = (f"{'bottom_' if level else ''}{name}" for name in ("prior_filters", "prior_attention"))
 
     def variant(**constants: Any) -> Variant:
         changed = dataclasses.replace(config, **constants)
@@ -68,8 +68,8 @@ def variants(config: driver.Config, level: int) -> dict[str, Variant]:
     priors = {
         "as configured": variant(),
         "without augmentation": variant(prior_augment=False),
-        "without attention": variant(prior_attention=0),
-        "plain": variant(prior="plain", prior_attention=0),
+        "without attention": variant(**{attention: 0}),
+        "plain": variant(prior="plain", **{attention: 0}),
         "5 x 5 kernels": variant(prior_kernel_size=5),
         "1.5 times the blocks": variant(prior_blocks=config.prior_blocks * 3 // 2),
         "1.5 times the filters": variant(**{filters: getattr(config, filters) * 3 // 2}),

@@ -187,7 +187,7 @@ def test_nats_are_converted_to_bits():
 class StubGenerator:
     """Priors that need a number of nats per code that depends on the level and the slice, for codebooks of 8 codes."""
 
-    num_embeddings = 8
+    num_embeddings, background_code = 8, False
     positions = np.arange(4)
 
     def __init__(self, *nats):
