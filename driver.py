@@ -56,12 +56,12 @@ class Config:
     bottom_prior_filters: int = 64  # channels of the bottom level's prior, which has several times as many codes
     prior_blocks: int = 6  # residual blocks
     prior_kernel_size: int = 3  # of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
-    prior_dropout: float = 0.2  # dropout rate in the blocks
+    prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
-    prior_attention: int = 3  # attention layers, at most prior_blocks; with two levels, of the top level's prior
+    prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
     bottom_prior_attention: int = 1  # attention layers of the bottom level's prior; memory grows with the grid's area²
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
-    prior_epochs: int = 8  # the epoch with the best validation loss is kept
+    prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
     num_samples: int = 20  # number of generated slices in samples/

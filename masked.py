@@ -289,16 +289,15 @@ class PlainBlock(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class CausalAttention(keras.layers.Layer):
-    """Multi-head self-attention over the horizontal stack, which sees the cell itself and all earlier ones.
+    """Multi-head attention of the gated PixelCNN to all cells of the rows above (PixelSNAIL, Chen et al. 2018).
 
-    PixelSNAIL (Chen et al. 2018, section 2) alternates such layers with masked convolutions. Convolutions compare
-    neighbouring cells. Attention finds related cells anywhere above, such as the mirrored one in the other hemisphere.
-    The features at a cell depend on earlier codes only, so attending to the cell itself is causal, too. The output
-    layer starts at zero, so a new layer is the identity.
+    Convolutions compare neighbouring cells. Attention finds related cells anywhere above. Queries are made of the
+    vertical stack, keys and values of the horizontal one, so sampling computes a whole row at once before its first
+    cell. What is found is added to both stacks. The output layer starts at zero, so a new layer is the identity.
 
     Args:
-        filters: Number of channels of the stack.
-        num_heads: Number of heads; if it is no divisor of `filters`, their greatest common divisor is used.
+        filters: Number of channels of each stack.
+        num_heads: Largest number of heads; it is reduced to a divisor of `filters`.
         dropout: Dropout rate of the output.
     """
 
@@ -306,51 +305,69 @@ class CausalAttention(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_heads = math.gcd(num_heads, filters)
         self.head_size = filters // self.num_heads
-        self.norm = keras.layers.LayerNormalization(name="norm")
+        self.query_norm = keras.layers.LayerNormalization(name="query_norm")
         self.query = keras.layers.Dense(filters, use_bias=False, name="query")
+        self.key_norm = keras.layers.LayerNormalization(name="key_norm")
         self.key = keras.layers.Dense(filters, use_bias=False, name="key")
         self.value = keras.layers.Dense(filters, use_bias=False, name="value")
         self.out = keras.layers.Dense(filters, kernel_initializer="zeros", name="out")
         self.dropout = keras.layers.Dropout(dropout, name="dropout")
 
     def call(self, stacks: tuple[Tensor, ...], condition: Tensor, training: bool = False) -> tuple[Tensor, ...]:
-        """Return the stacks, (B, h, w, filters) each, the horizontal one with attention added. Ignores `condition`."""
-        *others, horizontal = stacks
-        _, height, width, filters = horizontal.shape
-        features = ops.reshape(self.norm(horizontal), (-1, height * width, filters))
-        query, key, value = (
-            ops.transpose(ops.reshape(layer(features), (-1, height * width, self.num_heads, self.head_size)), order)
-            for layer, order in ((self.query, (0, 2, 1, 3)), (self.key, (0, 2, 3, 1)), (self.value, (0, 2, 1, 3)))
-        )
-        cells = np.arange(height * width)
-        weights = self._weights(ops.matmul(query, key), cells[:, None] >= cells)  # (B, heads, h·w, h·w)
-        attended = ops.matmul(ops.cast(weights, value.dtype), value)  # (B, heads, h·w, head size)
-        attended = ops.reshape(ops.transpose(attended, (0, 2, 1, 3)), (-1, height, width, filters))
-        return (*others, horizontal + self.dropout(self.out(attended), training=training))
+        """Return the new stacks, (B, h, w, filters) each. `condition` is ignored."""
+        vertical, horizontal = stacks
+        _, height, width, filters = vertical.shape
+        rows = np.arange(height * width) // width
+        cells = [ops.reshape(stack, (-1, height * width, filters)) for stack in stacks]
+        features = self.key_norm(cells[1])
+        attended = self._attend(cells[0], self.key(features), self.value(features), rows[:, None] > rows)
+        attended = self.dropout(ops.reshape(attended, (-1, height, width, filters)), training=training)
+        return vertical + attended, horizontal + attended
 
-    def _weights(self, scores: Tensor, allowed: Tensor) -> Tensor:
-        """Return the softmax of scores (..., cells) over the allowed cells, in float32."""
-        return ops.softmax(ops.where(allowed, ops.cast(scores, "float32") / self.head_size**0.5, -1e9))
+    def _attend(self, vertical: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+        """Return what the cells of the vertical stack find.
+
+        Args:
+            vertical: (B, queries, filters).
+            keys, values: (B, cells, filters).
+            allowed: Which cells each query may attend to, (queries or 1, cells) bool. A query without any finds zeros.
+
+        Returns:
+            (B, queries, filters).
+        """
+
+        def by_head(features: Tensor) -> Tensor:
+            split = ops.reshape(features, (-1, features.shape[1], self.num_heads, self.head_size))
+            return ops.transpose(split, (0, 2, 1, 3))  # (B, heads, cells, head size)
+
+        query = by_head(self.query(self.query_norm(vertical)))
+        scores = ops.matmul(query, ops.transpose(by_head(keys), (0, 1, 3, 2))) / self.head_size**0.5
+        weights = ops.softmax(ops.where(allowed, ops.cast(scores, "float32"), -1e9)) * ops.cast(allowed, "float32")
+        found = ops.transpose(ops.matmul(ops.cast(weights, values.dtype), by_head(values)), (0, 2, 1, 3))
+        return self.out(ops.reshape(found, (-1, vertical.shape[1], self.num_heads * self.head_size)))
 
     def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
-        cells = grid_size[0] * grid_size[1]
-        empty = ops.zeros((cells, batch_size, self.num_heads * self.head_size))
-        return {"keys": empty, "values": empty, "first": ops.zeros((), "int32")}
+        height, width = grid_size
+        row = ops.zeros((width, batch_size, self.num_heads * self.head_size))
+        rows = ops.zeros((height, width, batch_size, self.num_heads * self.head_size))
+        return {"keys": rows, "values": rows, "newest": row}  # the row above is written cell by cell
 
     def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
-        return {**state, "first": ops.cast(row * vertical.shape[1], "int32")}, vertical
+        features, above = self.key_norm(state["newest"]), ops.maximum(row - 1, 0)
+        keys = write(state["keys"], above, self.key(features))  # (h, w, B, filters)
+        values = write(state["values"], above, self.value(features))
+        (height, width), filters = keys.shape[:2], keys.shape[-1]
+        cells = [
+            ops.swapaxes(ops.reshape(rows, (height * width, -1, filters)), 0, 1) for rows in (keys, values)
+        ]  # (B, h·w, filters)
+        allowed = ops.arange(height * width) < ops.cast(row * width, "int32")
+        attended = self._attend(vertical, *cells, allowed[None])
+        state = {"keys": keys, "values": values, "newest": state["newest"], "attended": ops.swapaxes(attended, 0, 1)}
+        return state, vertical + attended
 
     def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
-        features, index = self.norm(horizontal), state["first"] + ops.cast(column, "int32")
-        keys = write(state["keys"], index, self.key(features))  # (h·w, B, filters)
-        values = write(state["values"], index, self.value(features))
-        heads = (-1, self.num_heads, self.head_size)
-        by_head = (keys.shape[0], *heads)
-        scores = ops.einsum("bhd,nbhd->bhn", ops.reshape(self.query(features), heads), ops.reshape(keys, by_head))
-        weights = self._weights(scores, ops.arange(keys.shape[0]) <= index)
-        attended = ops.einsum("bhn,nbhd->bhd", weights, ops.reshape(values, by_head))
-        attended = ops.reshape(attended, (-1, self.num_heads * self.head_size))
-        return {**state, "keys": keys, "values": values}, horizontal + self.out(attended)
+        newest = write(state["newest"], column, horizontal)
+        return {**state, "newest": newest}, horizontal + ops.take(state["attended"], column, axis=0)
 
 
 def write(array: Tensor, index: Tensor, entry: Tensor) -> Tensor:

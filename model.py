@@ -420,12 +420,12 @@ class PixelCNN(keras.Model):
         dropout: Dropout rate in the blocks.
         gated: Whether the model is the gated or the plain PixelCNN.
         use_position: Whether the model is conditioned on the slice position. If not, positions are ignored.
-        attention: Number of attention layers, at most `num_blocks`.
+        attention: Number of attention layers, at most `num_blocks`. Only the gated PixelCNN can have any.
         coarse_grid_size: (h', w') of the coarser level whose codes the model is conditioned on, with h / h' a power of
             two. None without a coarser level.
 
     Raises:
-        ValueError: If there are too few blocks for the receptive field to cover the grid.
+        ValueError: If there are too few blocks for the receptive field to cover the grid, or attention without gates.
 
     Example: For codes (B, 12, 12) int32, slice positions (B,) int32, coarse codes (B, 6, 6) int32, and K = 512:
 
@@ -467,6 +467,8 @@ class PixelCNN(keras.Model):
         self.coarse_grid_size = tuple(coarse_grid_size) if coarse_grid_size else None
         self.use_position = use_position
 
+        if attention and not gated:
+            raise ValueError("the plain PixelCNN has no attention: set gated, or attention to 0")
         dilations = block_dilations(max(grid_size), self.FIRST_KERNEL, kernel_size, num_blocks)
         self.embedding = keras.layers.Embedding(num_embeddings, filters, name="embedding")
         self.slice_embedding = keras.layers.Dense(filters, activation="relu", name="slice_embedding")

@@ -70,6 +70,7 @@ def critic_epochs(config: Any) -> int:
 def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior") -> model.PixelCNN:
     """The untrained prior of a level; level 0 is the coarsest. `purpose` names the stream of its initial weights."""
     keras.utils.set_random_seed(seeds.number(config.seed, purpose, level))
+    attention, gated = config.bottom_prior_attention if level else config.prior_attention, config.prior == "gated"
     return model.PixelCNN(
         num_embeddings=config.num_embeddings,
         grid_size=(config.grids[level],) * 2,
@@ -77,9 +78,9 @@ def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior
         num_blocks=config.prior_blocks,
         kernel_size=config.prior_kernel_size,
         dropout=config.prior_dropout,
-        gated=config.prior == "gated",
+        gated=gated,
         use_position=config.prior_uses_position,
-        attention=config.bottom_prior_attention if level else config.prior_attention,
+        attention=attention if gated else 0,
         coarse_grid_size=(config.grids[level - 1],) * 2 if level else None,
     )
 

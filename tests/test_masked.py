@@ -1,4 +1,3 @@
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -49,82 +48,73 @@ def test_masked_convolution_reads_the_taps_of_its_mask(mask, offsets, dilation):
 # -------------------------------------------------------------------------------------------- attention
 
 
+def random_stacks(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """A vertical and a horizontal stack of features."""
+    vertical, horizontal = RNG.normal(size=(2, *shape)).astype(np.float32)
+    return vertical, horizontal
+
+
 def random_attention(filters: int = 8, **settings) -> masked.CausalAttention:
     """A layer with random values also in the weights that are initialised with zeros."""
     layer = masked.CausalAttention(filters, **settings)
-    layer((np.zeros((1, 2, 2, filters), np.float32),), None)
+    layer(random_stacks(1, 2, 2, filters), None)
     for weight in layer.trainable_variables:
         weight.assign(RNG.normal(0, 0.5, weight.shape))
     return layer
 
 
-def attended(layer: masked.CausalAttention, features: np.ndarray) -> np.ndarray:
-    return ops.convert_to_numpy(layer((features,), None)[0])
+def attended(layer: masked.CausalAttention, stacks: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """What attention adds to both stacks."""
+    added = [ops.convert_to_numpy(after) - before for before, after in zip(stacks, layer(stacks, None), strict=True)]
+    np.testing.assert_allclose(added[0], added[1], atol=1e-5)
+    return added[0]
 
 
 def test_new_attention_is_the_identity():
-    stacks = tuple(RNG.normal(size=(2, 3, 5, 8)).astype(np.float32) for _ in range(2))
+    stacks = random_stacks(2, 3, 5, 8)
     for before, after in zip(stacks, masked.CausalAttention(8)(stacks, None), strict=True):
         np.testing.assert_array_equal(before, after)
 
 
-def test_attention_leaves_the_vertical_stack_alone():
-    vertical, horizontal = (RNG.normal(size=(2, 3, 5, 8)).astype(np.float32) for _ in range(2))
-    layer = random_attention()
-    stacks = layer((vertical, horizontal), None)
-    np.testing.assert_array_equal(stacks[0], vertical)
-    np.testing.assert_array_equal(stacks[1], attended(layer, horizontal))
-
-
-def test_attention_reads_the_cell_itself_and_all_earlier_ones():
-    layer, features = random_attention(), RNG.normal(size=(1, 3, 4, 8)).astype(np.float32)
-    before = attended(layer, features)
-    for i in range(12):
-        perturbed = features.copy()
-        perturbed.reshape(12, 8)[i] = RNG.normal(size=8)
-        changed = np.any(attended(layer, perturbed) != before, axis=-1).reshape(-1)
-        assert not changed[:i].any(), f"features before cell {i} changed"
-        assert changed[i:].all(), f"not all features from cell {i} on depend on it"
+def test_attention_reads_all_rows_above_and_nothing_else_of_the_horizontal_stack():
+    layer, (vertical, horizontal) = random_attention(), random_stacks(1, 3, 4, 8)
+    before = attended(layer, (vertical, horizontal))
+    for cell in range(12):
+        perturbed = horizontal.copy()
+        perturbed.reshape(12, 8)[cell] = RNG.normal(size=8)
+        changed = np.any(np.abs(attended(layer, (vertical, perturbed)) - before) > 1e-4, axis=-1)[0]  # (3, 4)
+        row = cell // 4
+        assert not changed[: row + 1].any(), f"cell {cell} changed its own row or one above"
+        assert changed[row + 1 :].all(), f"cell {cell} does not reach all rows below"
 
 
 def test_attention_is_a_weighted_mean_of_values_per_head():
-    layer, features = random_attention(num_heads=2), RNG.normal(size=(1, 2, 3, 8)).astype(np.float32)
-    flat = ops.convert_to_numpy(layer.norm(features)).reshape(6, 8).astype(np.float64)
-    query, key, value = (flat @ ops.convert_to_numpy(part.kernel) for part in (layer.query, layer.key, layer.value))
+    layer, (vertical, horizontal) = random_attention(num_heads=2), random_stacks(1, 3, 2, 8)
+    queries = ops.convert_to_numpy(layer.query(layer.query_norm(vertical))).reshape(6, 8).astype(np.float64)
+    features = layer.key_norm(horizontal)
+    keys, values = (ops.convert_to_numpy(part(features)).reshape(6, 8) for part in (layer.key, layer.value))
     expected = np.zeros((6, 8))
     for head in (slice(0, 4), slice(4, 8)):
-        for cell in range(6):
-            scores = key[: cell + 1, head] @ query[cell, head] / 2
+        for cell in range(2, 6):
+            above = cell // 2 * 2  # number of cells in the rows above
+            scores = keys[:above, head] @ queries[cell, head] / 2
             weights = np.exp(scores - scores.max())
-            expected[cell, head] = weights @ value[: cell + 1, head] / weights.sum()
+            expected[cell, head] = weights @ values[:above, head] / weights.sum()
     kernel, bias = (ops.convert_to_numpy(weight) for weight in (layer.out.kernel, layer.out.bias))
-    added = (attended(layer, features) - features).reshape(6, 8)
-    np.testing.assert_allclose(added, expected @ kernel + bias, rtol=1e-4, atol=1e-5)
+    found = attended(layer, (vertical, horizontal)).reshape(6, 8)
+    np.testing.assert_allclose(found, expected @ kernel + bias, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_of_attention_is_active_in_training_only():
-    layer, features = random_attention(dropout=0.5), (RNG.normal(size=(1, 4, 4, 8)).astype(np.float32),)
-    plain = attended(layer, features[0])
-    np.testing.assert_array_equal(layer(features, None, training=False)[0], plain)
-    dropped = ops.convert_to_numpy(layer(features, None, training=True)[0])
-    assert 0.3 < np.mean(dropped == features[0]) < 0.7
+    layer, stacks = random_attention(dropout=0.5), random_stacks(1, 4, 4, 8)
+    np.testing.assert_array_equal(layer(stacks, None, training=False)[0], layer(stacks, None)[0])
+    dropped = ops.convert_to_numpy(layer(stacks, None, training=True)[0])
+    assert 0.3 < np.mean(dropped == stacks[0]) < 0.7
 
 
 @pytest.mark.parametrize("filters", [6, 9, 50])
 def test_attention_works_with_any_number_of_filters(filters):
-    features = RNG.normal(size=(1, 2, 3, filters)).astype(np.float32)
-    assert attended(random_attention(filters), features).shape == (1, 2, 3, filters)
-
-
-def test_attention_weights_are_exact_under_mixed_precision():
-    """Attention to a thousand equal cells is their mean; bfloat16 would round the weights."""
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        layer = random_attention()
-        weights = layer._weights(ops.zeros((1, 1, 1000), "bfloat16"), np.ones((1, 1000), bool))
-    finally:
-        keras.config.set_dtype_policy("float32")
-    np.testing.assert_allclose(weights, 0.001, rtol=1e-5)
+    assert attended(random_attention(filters), random_stacks(1, 2, 3, filters)).shape == (1, 2, 3, filters)
 
 
 # ----------------------------------------------------------------------------------------------- layers

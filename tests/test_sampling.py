@@ -144,7 +144,7 @@ def test_cached_logits_equal_those_of_the_full_forward_pass(
         kernel_size=kernel_size,
         gated=gated,
         use_position=use_position,
-        attention=attention,
+        attention=attention if gated else 0,
         coarse_grid_size=coarse_grid_size,
     )
     for weight in prior.trainable_variables:
