@@ -357,11 +357,12 @@ class CausalAttention(keras.layers.Layer):
         keys = write(state["keys"], above, self.key(features))  # (h, w, B, filters)
         values = write(state["values"], above, self.value(features))
         (height, width), filters = keys.shape[:2], keys.shape[-1]
-        cells = [
-            ops.swapaxes(ops.reshape(rows, (height * width, -1, filters)), 0, 1) for rows in (keys, values)
-        ]  # (B, h·w, filters)
+
+        def by_grid(rows: Tensor) -> Tensor:  # (h, w, B, filters) as (B, h·w, filters)
+            return ops.swapaxes(ops.reshape(rows, (height * width, -1, filters)), 0, 1)
+
         allowed = ops.arange(height * width) < ops.cast(row * width, "int32")
-        attended = self._attend(vertical, *cells, allowed[None])
+        attended = self._attend(vertical, by_grid(keys), by_grid(values), allowed[None])
         state = {"keys": keys, "values": values, "newest": state["newest"], "attended": ops.swapaxes(attended, 0, 1)}
         return state, vertical + attended
 
