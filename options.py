@@ -55,18 +55,18 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis128": (
         "128 x 128, two levels of 16 x 16 and 32 x 32 codes",
-        {"image_size": 128, "grids": (16, 32), "channels": 32, "vqvae_epochs": 25, "prior_epochs": 8},
+        {"image_size": 128, "grids": (16, 32), "channels": 32, "vqvae_epochs": 15, "prior_epochs": 6},
     ),
-    "oasis256": (
-        "256 x 256, two levels of 32 x 32 and 64 x 64 codes",
+    "oasis192": (
+        "192 x 192, the slices' own resolution, two levels of 24 x 24 and 48 x 48 codes",
         {
-            "image_size": 256,
-            "grids": (32, 64),
+            "image_size": 192,
+            "grids": (24, 48),
             "channels": 32,
             "bottom_dropout": 0.15,
             "batch_size": 4,
-            "vqvae_epochs": 8,
-            "prior_epochs": 3,
+            "vqvae_epochs": 5,
+            "prior_epochs": 2,
             "bottom_prior_attention": 0,
             "measured_slices": 960,
         },

@@ -71,8 +71,8 @@ def test_without_data_a_small_preset_for_synthetic_slices_is_the_default():
 
 
 def test_options_change_what_a_preset_sets():
-    config = parse("--preset", "oasis256", "--vqvae-epochs", "1")
-    assert (config.grids, config.vqvae_epochs) == ((32, 64), 1)
+    config = parse("--preset", "oasis192", "--vqvae-epochs", "1")
+    assert (config.grids, config.vqvae_epochs) == ((24, 48), 1)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_presets_that_do_not_exist_are_refused():
 def test_help_shows_presets_and_constants_with_their_comments(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
-        parse("--preset", "oasis256", "--help")
+        parse("--preset", "oasis192", "--help")
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     assert "--preset hierarchical256" in printed
     assert "--num-embeddings" in printed
     assert "number of codes in each codebook" in printed
-    assert "32 64" in printed
+    assert "24 48" in printed
 
 
 def test_a_saved_configuration_is_read_back():
