@@ -247,7 +247,7 @@ class Comparison:
         first_inputs = {split: inputs(part) for split, part in first.items()}
         second_inputs = {split: inputs(part) for split, part in second.items()}
         subjects = _subjects(first["test"], second["test"])
-        return two_sample.classifier_two_sample_test(first_inputs, second_inputs, subjects, classifier)
+        return two_sample.classifier_two_sample_test(first_inputs, second_inputs, subjects, classifier, self.seed)
 
     def measure(self, fakes: Part) -> dict[str, Any]:
         """Compare a set with the test slices.

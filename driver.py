@@ -41,7 +41,9 @@ class Config:
     l1_weight: float = 1.0  # of the mean absolute error
     ssim_weight: float = 1.0  # of 1 − SSIM
 
-    augment: bool = True  # flip, rotate and scale the slices that the VQ-VAE trains on, and change their intensity
+    augment: bool = (
+        True  # flip, rotate, scale and bend the slices that the VQ-VAE trains on, and change their intensity
+    )
     batch_size: int = 16  # slices per training step, in all stages
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed precision is for GPUs and TPUs
     devices: int = 1  # number of GPUs per process that share each training step's batch; CPUs if there are no GPUs
@@ -163,7 +165,8 @@ def load_slices(config: Config) -> Slices:
 def train_vqvae(config: Config, run: Run | None, slices: Slices) -> tuple[Generator, Codes]:
     """Train the VQ-VAE. Returns it without priors, and the code indices of the slices."""
     vqvae = training.train(stages.vqvae_stage(config, slices), run, **options.training_settings(config))
-    encoder = Generator(vqvae, [], np.unique(slices["train"].positions), config.batch_size)
+    train = slices["train"]
+    encoder = Generator(vqvae, [], np.unique(train.positions), config.batch_size, train.crop)
     return encoder, {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
 
 
@@ -173,7 +176,7 @@ def train_priors(config: Config, run: Run | None, wanted: list[Stage], encoder: 
     priors = [
         training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)}) for stage in wanted
     ]
-    return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size)
+    return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size, encoder.crop)
 
 
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:

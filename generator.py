@@ -42,14 +42,21 @@ class Generator:
         priors: One prior per level, the coarsest first. Without priors, only images can be encoded and decoded.
         positions: (P,) slice positions that occur in the training data, without repetition.
         batch_size: Number of slices that pass through a network at a time.
+        crop: Side in pixels of the central square of the slices that the networks were trained on, resized; 0 for whole
+            slices. Images that are encoded must be cropped alike, as by `pngs.decode`, and generated ones are.
     """
 
     def __init__(
-        self, vqvae: model.VQVAE, priors: Sequence[model.PixelCNN], positions: Positions, batch_size: int = 16
+        self,
+        vqvae: model.VQVAE,
+        priors: Sequence[model.PixelCNN],
+        positions: Positions,
+        batch_size: int = 16,
+        crop: int = 0,
     ) -> None:
         self.vqvae, self.priors = vqvae, list(priors)
         self.positions = np.asarray(positions, np.int32)
-        self.batch_size = batch_size
+        self.batch_size, self.crop = batch_size, crop
 
     @classmethod
     def load(cls, run_dir: str | Path, batch_size: int = 16) -> "Generator":
@@ -70,7 +77,7 @@ class Generator:
         vqvae = training.load_model(run_dir / "vqvae.keras", model.VQVAE)
         names = model.prior_names(len(vqvae.grids))
         priors = [training.load_model(run_dir / f"{name}.keras", model.PixelCNN) for name in names]
-        return cls(vqvae, priors, config["slice_positions"], batch_size)
+        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"])
 
     @property
     def level_names(self) -> tuple[str, ...]:

@@ -328,8 +328,8 @@ class ResidualBlock(keras.layers.Layer):
     """x + conv(relu(norm(conv(relu(norm(x)))))) with 3 × 3 convolutions and group norm (Wu & He 2018).
 
     Input and output have `filters` channels. The kernel of the last convolution starts at zero, so a new block is the
-    identity. Group norm pools over the whole slice, so even a code in the black background can carry information about
-    distant regions.
+    identity. Group norm pools over the whole slice, so a code in the black background can carry information about
+    distant regions, unless a code is reserved for background.
     """
 
     def __init__(self, filters: int, **kwargs: Any) -> None:

@@ -17,6 +17,8 @@ from keras import ops
 
 from layers import PACKAGE, Shape, Tensor
 
+NUM_HEADS = 4  # Of each attention layer, at most.
+
 State: TypeAlias = dict[str, Tensor]  # what a layer keeps during cached sampling, see sampling.CachedLayer
 
 
@@ -301,7 +303,7 @@ class CausalAttention(keras.layers.Layer):
         dropout: Dropout rate of the output.
     """
 
-    def __init__(self, filters: int, num_heads: int = 4, dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, filters: int, num_heads: int = NUM_HEADS, dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_heads = math.gcd(num_heads, filters)
         self.head_size = filters // self.num_heads

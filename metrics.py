@@ -81,21 +81,21 @@ def whole_slices(results: Results) -> Results:
         results: Everything that a run has produced.
 
     Returns:
-        The same, with all images of `results.slices` and `results.reconstructions` of the size `Slices.frame_size`.
+        The same, with reconstructions, and the slices of those splits that have any, of the size `Slices.frame_size`.
     """
 
     def framed(images: np.ndarray, frame_size: int) -> np.ndarray:
         margin = frame_size - images.shape[1]
         return np.pad(images, ((0, 0), *2 * [(margin // 2, margin - margin // 2)], (0, 0)))
 
-    sizes = {split: slices.frame_size for split, slices in results.slices.items()}
-    if not any(sizes.values()):
+    slices, reconstructions = dict(results.slices), dict(results.reconstructions)
+    if not any(part.frame_size for part in slices.values()):
         return results
-    return replace(
-        results,
-        slices={split: replace(s, images=framed(s.images, sizes[split])) for split, s in results.slices.items()},
-        reconstructions={split: framed(images, sizes[split]) for split, images in results.reconstructions.items()},
-    )
+    for split, images in reconstructions.items():
+        size = slices[split].frame_size
+        reconstructions[split] = framed(images, size)
+        slices[split] = replace(slices[split], images=framed(slices[split].images, size))
+    return replace(results, slices=slices, reconstructions=reconstructions)
 
 
 def reconstruction_metrics(slices: Slices, reconstructions: np.ndarray) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Presets, the command line, and checks of the configuration.
 
-This is the only module besides driver.py that knows the configuration as a whole. It is handed the class `Config`
-or an instance of it, and never imports driver.py.
+Like stages.py, it is handed the class `Config` or an instance of it, and never imports driver.py.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import tyro
 import console
 import dataset
 import devices
+import masked
 import model
 import pngs
 
@@ -26,6 +26,7 @@ Config = TypeVar("Config", bound=Any)
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
 SAMPLING_FIELDS = ("num_samples", "measured_slices", "sample_positions", "temperature", "top_k", "top_p")
+MAX_ATTENTION_BYTES = 4 * 2**30
 PATH_FIELDS = ("data_dir", "start_from")  # May change; what is there is compared by its checksum.
 
 
@@ -56,20 +57,6 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis128": (
         "128 x 128, two levels of 16 x 16 and 32 x 32 codes",
         {"image_size": 128, "grids": (16, 32), "channels": 32, "vqvae_epochs": 15, "prior_epochs": 6},
-    ),
-    "oasis192": (
-        "192 x 192, the slices' own resolution, two levels of 24 x 24 and 48 x 48 codes",
-        {
-            "image_size": 192,
-            "grids": (24, 48),
-            "channels": 32,
-            "bottom_dropout": 0.15,
-            "batch_size": 4,
-            "vqvae_epochs": 5,
-            "prior_epochs": 2,
-            "bottom_prior_attention": 0,
-            "measured_slices": 960,
-        },
     ),
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",
@@ -258,10 +245,12 @@ def check(config: Any) -> None:
         "batch_size",
         "vqvae_epochs",
     )
-    positive += ("prior_filters", "bottom_prior_filters", "prior_blocks", "prior_epochs")
+    positive += ("prior_blocks", "prior_epochs")
     positive += ("num_samples", "measured_slices", "devices", "num_processes")
     for name in positive:
         require(name, lambda v: v >= 1, "at least 1")
+    for name in ("prior_filters", "bottom_prior_filters"):
+        require(name, lambda v: v >= 2, "at least 2")
     for name in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
     for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
@@ -290,6 +279,7 @@ def check(config: Any) -> None:
         raise ConfigError("sample_positions is set: also set prior_uses_position, or the prior ignores it")
     _check_processes(config, require)
     _check_grids(config)
+    _check_attention(config)
 
 
 def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool], str], None]) -> None:
@@ -301,6 +291,21 @@ def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool],
             f"num_processes is {config.num_processes}: also set coordinator, HOST:PORT of the first process"
         )
     require("process_index", lambda v: v < config.num_processes, f"below num_processes, {config.num_processes}")
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse attention layers that need more than `MAX_ATTENTION_BYTES` of memory in training, all together."""
+    if config.prior != "gated":
+        return
+    for grid, name in zip(config.grids, ("prior_attention", "bottom_prior_attention"), strict=False):
+        # Scores, weights and gradients: float32 for each pair of cells.
+        layer = 3 * 4 * masked.NUM_HEADS * config.batch_size * grid**4
+        if getattr(config, name) * layer > MAX_ATTENTION_BYTES:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}: on a grid of {grid} × {grid} codes, at batch_size "
+                f"{config.batch_size}, each layer needs {layer / 2**30:.1f} GB of memory; set it to 0, or choose a "
+                "smaller batch_size"
+            )
 
 
 def _check_grids(config: Any) -> None:

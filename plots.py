@@ -37,8 +37,8 @@ def vqvae_loss(path: Path, history: History, levels: Sequence[str] = ("",), note
 
 
 def ssim(path: Path, history: History, note: str = "") -> None:
-    """Draw the SSIM of reconstructions by epoch, over whole slices."""
-    figure = _figure(5.5, 3.6, "SSIM of reconstructions, whole slice", note)
+    """Draw the SSIM of reconstructions by epoch, over the whole images that the VQ-VAE is trained on."""
+    figure = _figure(5.5, 3.6, "SSIM of reconstructions, whole image", note)
     axes = figure.subplots()
     _curves(axes, history, "ssim")
     axes.set(xlabel="epoch", ylabel="SSIM")
@@ -103,7 +103,7 @@ def power_spectrum(path: Path, spectra: dict[str, np.ndarray], half_power: float
     axes = figure.subplots()
     for name, power in spectra.items():
         axes.plot(np.arange(1, len(power) + 1) / (2 * len(power)), power, label=name)
-    label = f"highest frequency at which\nreconstructions have half of the power: {half_power:.2f}"
+    label = f"reconstructions have at least\nhalf of the power up to {half_power:.2f}"
     axes.axvline(half_power, color="grey", linestyle=":", label=label)
     axes.set(xlabel="spatial frequency (cycles per pixel)", ylabel="power", xscale="log", yscale="log")
     axes.legend()
@@ -111,18 +111,22 @@ def power_spectrum(path: Path, spectra: dict[str, np.ndarray], half_power: float
 
 
 def rate_distortion(path: Path, rows: list[dict[str, Any]], note: str = "") -> None:
-    """Draw reconstruction quality against bits per image, one line per codebook size and one point per grid.
+    """Draw reconstruction quality against bits per image, one point per grid.
+
+    There is one line for each combination of crop, image size and codebook size.
 
     Args:
-        rows: Each with `grid`, `num_embeddings`, `prior_bits_per_image`, `ssim`, `ssim_brain` and `psnr_db`.
+        rows: Each with `crop`, `image_size`, `grid`, `num_embeddings`, `prior_bits_per_image`, `ssim`, `ssim_brain` and
+            `psnr_db`.
     """
     figure = _figure(11, 4, "Rate and distortion on the test split", note)
     labels = {"ssim": "SSIM", "ssim_brain": "SSIM, brain only", "psnr_db": "PSNR (dB)"}
     for axes, (name, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
-        for size in sorted({row["num_embeddings"] for row in rows}):
-            line = sorted((r for r in rows if r["num_embeddings"] == size), key=lambda row: row["prior_bits_per_image"])
+        for geometry in sorted({_geometry(row) for row in rows}):
+            line = sorted((r for r in rows if _geometry(r) == geometry), key=lambda row: row["prior_bits_per_image"])
             bits, values = [row["prior_bits_per_image"] for row in line], [row[name] for row in line]
-            axes.plot(bits, values, marker="o", label=f"{size} codes")
+            crop, size, num_embeddings = geometry
+            axes.plot(bits, values, marker="o", label=f"crop {crop}, {size} × {size}, {num_embeddings} codes")
             for row, x, y in zip(line, bits, values, strict=True):
                 text = f"{row['grid']} × {row['grid']}"
                 axes.annotate(text, (x, y), (4, -10), textcoords="offset points", fontsize=7)
@@ -130,6 +134,10 @@ def rate_distortion(path: Path, rows: list[dict[str, Any]], note: str = "") -> N
         axes.margins(x=0.2, y=0.1)
         axes.legend()
     _save(figure, path)
+
+
+def _geometry(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["crop"], row["image_size"], row["num_embeddings"]
 
 
 # ----------------------------------------------------------------------------------------------- images
@@ -410,7 +418,8 @@ def _draw_power_spectrum(path: Path, results: Results) -> None:
         "generated slices": results.compared_samples["test"].images,
     }
     spectra = {name: metrics.power_spectrum(images) for name, images in sets.items()}
-    power_spectrum(path, spectra, results.numbers["half_power_frequency"], results.note)
+    half_power = metrics.half_power_frequency(spectra["test slices"], spectra["their reconstructions"])
+    power_spectrum(path, spectra, half_power, results.note)
 
 
 def _draw_nearest_training_slices(path: Path, results: Results) -> None:
@@ -455,12 +464,21 @@ def _decode_single_level(generator: Generator, codes: list[np.ndarray], level: i
         frequencies = np.bincount(indices.ravel(), minlength=len(embeddings)) / indices.size
         mean = (frequencies @ embeddings).astype(np.float32)
         quantized.append(np.broadcast_to(mean, (len(index), *indices.shape[1:], len(mean))))
-    return keras.ops.convert_to_numpy(generator.vqvae.decode(quantized))
+    decoded = keras.ops.convert_to_numpy(generator.vqvae.decode(quantized))
+    if not generator.background_code:
+        return decoded
+    side = decoded.shape[1] // codes[-1].shape[1]  # The decoder is not trained on cells of the background.
+    return np.where(np.kron(codes[-1][index] == 0, np.ones((1, side, side), bool))[..., None], 0, decoded)
 
 
 def _draw_code_usage(path: Path, results: Results) -> None:
     generator, history = results.generator, _history(results, "vqvae")
-    code_usage(path, history, generator.level_names, generator.num_embeddings, results.note)
+    code_usage(path, history, generator.level_names, _codes_in_use(generator), results.note)
+
+
+def _codes_in_use(generator: Generator) -> int:
+    """Number of codes of each codebook without the one that is reserved for background."""
+    return generator.num_embeddings - generator.background_code
 
 
 def _draw_ssim(path: Path, results: Results) -> None:
@@ -517,7 +535,8 @@ PICTURES = (
         "codebook",
         _draw_codebook,
         "Decoded pixels around each code, averaged over its occurrences in the test split, the most frequent code "
-        "first. Even a code in the black background can carry information about distant regions.",
+        "first. Without a code reserved for the background, the codes there can carry information about distant "
+        "regions.",
     ),
     Picture(
         "codes",

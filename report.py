@@ -169,7 +169,7 @@ def findings(constants: dict[str, Any], numbers: dict[str, Any]) -> list[Finding
 
 
 def _reconstruction(constants: dict[str, Any], numbers: dict[str, Any]) -> Finding:
-    size, bits = constants["image_size"], numbers["prior_bits_per_image"]
+    size, bits = numbers["frame_size"], numbers["prior_bits_per_image"]
     finding = Finding(
         "Reconstruction",
         f"Slices of unseen subjects are reconstructed with SSIM {_number(numbers['ssim'])}"
@@ -178,7 +178,7 @@ def _reconstruction(constants: dict[str, Any], numbers: dict[str, Any]) -> Findi
         "image.",
     )
     ratio = size * size * 8 / bits
-    finding.add(True, f"An uncompressed 8-bit image of {size} × {size} pixels has {ratio:,.0f} times as many bits.")
+    finding.add(True, f"An uncompressed 8-bit slice of {size} × {size} pixels has {ratio:,.0f} times as many bits.")
     worst = numbers["worst_slices"][0]
     finding.add(
         False,
@@ -216,7 +216,7 @@ def _prior(constants: dict[str, Any], numbers: dict[str, Any]) -> Finding:
     )
     perplexity = _by_level(numbers["perplexity"])
     for level, used in _by_level(numbers["codes_used"]).items():
-        usage = f"{_percent(used)} of the {constants['num_embeddings']} {level}codes are used"
+        usage = f"{_percent(used)} of the {level}codes are used"
         finding.add(used > 0.9, f"{usage}, with a perplexity of {perplexity[level]:.0f}.")
     unseen, seen = (_by_level(numbers[f"prior_nats_per_code{split}"]) for split in ("", "_train"))
     for level in levels:

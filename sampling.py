@@ -150,7 +150,7 @@ def sample_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class CachedLayer(Protocol):
-    """What `cached_sampling` needs of each layer of a prior; the layers are in layers.py.
+    """What `cached_sampling` needs of each layer of a prior; the layers are in masked.py.
 
     The vertical stack of a PixelCNN depends on the rows above only, so a whole row of it is computed before the first
     cell of the row. The horizontal stack is computed cell by cell.

@@ -14,6 +14,7 @@ from scipy import stats
 from scipy.spatial import distance
 
 import naming
+import seeds
 
 CLASSIFIER_BATCH_SIZE = 32
 CLASSIFIER_STEPS, CLASSIFIER_MAX_EPOCHS = 1500, 12  # Training of a classifier; whatever is reached first.
@@ -263,6 +264,7 @@ def classifier_two_sample_test(
     second: dict[str, Inputs],
     subjects: tuple[np.ndarray, np.ndarray],
     classifier: keras.Model,
+    seed: int,
 ) -> dict[str, Any]:
     """Measure how well a classifier distinguishes two sets (Lopez-Paz & Oquab 2017).
 
@@ -274,6 +276,7 @@ def classifier_two_sample_test(
         subjects: Subjects of the test items of both sets, (N,) each.
         classifier: An untrained classifier, see `image_classifier` and `code_classifier`. It is left untrained, so that
             it can be used again without compiling another one.
+        seed: Determines the order of the training items in each epoch.
 
     Returns:
         accuracy: Fraction of the test items that are classified correctly, averaged over the two sets; NaN if a set is
@@ -289,24 +292,28 @@ def classifier_two_sample_test(
     best = dict.fromkeys(HEADS, -1.0)
     correct: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def judge(epoch: int, logs: Any) -> None:
+    def judge() -> None:
         for head, logits in _logits(classifier, judged).items():
             right = (logits > 0) == (group % 2 == 1)
             accuracy = _mean_accuracy((right[group == 0], right[group == 1]))
             if accuracy > best[head]:
                 best[head], correct[head] = accuracy, (right[group == 2], right[group == 3])
-        classifier.stop_training = max(best.values()) > CLASSIFIER_GOAL
 
     untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
     steps = -(-len(labels) // CLASSIFIER_BATCH_SIZE)
-    classifier.fit(
-        inputs,
-        dict.fromkeys(HEADS, labels.astype(np.float32)),
-        batch_size=CLASSIFIER_BATCH_SIZE,
-        epochs=min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS),
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=judge)],
-        verbose=0,
-    )
+    for epoch in range(min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS)):
+        # Keras would derive the order from the global seed, which depends on what ran before.
+        order = seeds.generator(seed, "order of classified items", epoch).permutation(len(labels))
+        classifier.fit(
+            [array[order] for array in inputs],
+            dict.fromkeys(HEADS, labels[order].astype(np.float32)),
+            batch_size=CLASSIFIER_BATCH_SIZE,
+            shuffle=False,
+            verbose=0,
+        )
+        judge()
+        if max(best.values()) > CLASSIFIER_GOAL:
+            break
     for variable, value in zip(_state(classifier), untrained, strict=True):
         variable.assign(value)
     chosen = correct[max(HEADS, key=lambda head: best[head])]
@@ -351,7 +358,7 @@ def code_classifier(codebooks: Sequence[np.ndarray], grids: Sequence[int], seed:
     Args:
         codebooks: Codebook vectors of each level, (K, D), the coarsest level first.
         grids: Height and width of the code grid of each level.
-        seed: Seed of the initial weights and of the order of the items.
+        seed: Seed of the initial weights and of the noise.
     """
     keras.utils.set_random_seed(seed)
     inputs, features = [], []

@@ -86,9 +86,17 @@ def main(options: Options) -> dict[str, Any]:
     if saved is None:
         raise RunError(f"run_dir is {options.run_dir}: contains no run; choose the folder of a finished one")
     config = from_json(driver.Config, saved["constants"])
+    check(options, config)
     slices = dataset.load(
-        config.data_dir, config.image_size, config.seed, config.skip_broken_slices, crop=saved["crop"]
+        config.data_dir,
+        config.image_size,
+        config.seed,
+        config.skip_broken_slices,
+        config.synthetic_subjects,
+        saved["crop"],
     )
+    if dataset.fingerprint(slices) != saved["data"]:
+        raise RunError(f"data_dir is {config.data_dir}: other slices than {options.run_dir} was trained on")
     generator = Generator.load(options.run_dir)
     codes = {split: generator.encode(split_slices.images) for split, split_slices in slices.items()}
     known = tuple(variants(config, options.level))
@@ -114,13 +122,23 @@ def main(options: Options) -> dict[str, Any]:
             **compare(nats[names[0]], nats[name], slices, options),
         }
         lower, upper = row["interval"]
+        spread = f"± {row['spread']:.1%} over seeds" if options.seeds > 1 else "one seed"
         print(
             f"{name:24} {row['weights']:>10,} {seconds:>11.0f} {row['bits_per_code']:>13.3f}  {row['difference']:+.1%} "
-            f"({lower:+.1%} to {upper:+.1%}), ± {row['spread']:.1%} over seeds",
+            f"({lower:+.1%} to {upper:+.1%}), {spread}",
             flush=True,
         )
         numbers[name] = row
     return numbers
+
+
+def check(options: Options, config: driver.Config) -> None:
+    """Raise ConfigError for options that cannot work with a run of this configuration."""
+    if not 0 <= options.level < len(config.grids):
+        raise ConfigError(f"level is {options.level}: must be 0 to {len(config.grids) - 1}, a level of the run")
+    for name in ("epochs", "seeds"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} is {getattr(options, name)}: must be at least 1")
 
 
 def train_prior(
@@ -152,7 +170,7 @@ def compare(reference: np.ndarray, nats: np.ndarray, slices: driver.Slices, opti
         "bits_per_code": float(nats.mean() / math.log(2)),
         "difference": difference,
         "interval": interval,
-        "spread": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else 0.0,
+        "spread": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
     }
 
 

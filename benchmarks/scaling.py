@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # changes of the default constants, and
     "image 192 × 192, grid 24": {"image_size": 192, "grids": [24]},
     "image 192 × 192, grid 12": {"image_size": 192},
     "grid 24": {"grids": [24]},
-    "grid 48": {"grids": [48]},
+    "grid 48, no attention": {"grids": [48], "prior_attention": 0},
     "128 codes": {"num_embeddings": 128},
     "2,048 codes": {"num_embeddings": 2048},
     "8,192 codes": {"num_embeddings": 8192},

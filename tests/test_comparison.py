@@ -88,7 +88,7 @@ def compare(results: Results) -> tuple[dict, list]:
     """The numbers, and the arguments of each classifier two-sample test, none of which is carried out."""
     calls = []
 
-    def record(first, second, subjects, classifier):
+    def record(first, second, subjects, classifier, seed):
         calls.append(SimpleNamespace(first=first, second=second, subjects=subjects, classifier=classifier))
         return {"accuracy": len(calls) / 100, "accuracy_interval": [0.0, 1.0]}
 

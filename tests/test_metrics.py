@@ -370,7 +370,8 @@ def test_cropped_slices_are_put_back_into_their_black_frame(results, side):
     frame = np.ones((96, 96, 1), bool)
     frame[begin : begin + side, begin : begin + side] = False
     whole = metrics.whole_slices(cropped(results, side, 96))
-    for split, slices in results.slices.items():
+    for split in results.reconstructions:
+        slices = results.slices[split]
         assert not np.any(slices.images[:, frame])
         assert np.array_equal(whole.slices[split].images, slices.images)
         assert whole.slices[split].images.dtype == np.uint8

@@ -71,8 +71,8 @@ def test_without_data_a_small_preset_for_synthetic_slices_is_the_default():
 
 
 def test_options_change_what_a_preset_sets():
-    config = parse("--preset", "oasis192", "--vqvae-epochs", "1")
-    assert (config.grids, config.vqvae_epochs) == ((24, 48), 1)
+    config = parse("--preset", "oasis128", "--vqvae-epochs", "1")
+    assert (config.grids, config.vqvae_epochs) == ((16, 32), 1)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_presets_that_do_not_exist_are_refused():
 def test_help_shows_presets_and_constants_with_their_comments(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
-        parse("--preset", "oasis192", "--help")
+        parse("--preset", "hierarchical256", "--help")
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     assert "--preset hierarchical256" in printed
     assert "--num-embeddings" in printed
     assert "number of codes in each codebook" in printed
-    assert "24 48" in printed
+    assert "32 64" in printed
 
 
 def test_a_saved_configuration_is_read_back():
@@ -117,10 +117,16 @@ def test_a_saved_configuration_is_read_back():
 # -------------------------------------------------------------------------------------------------- checks
 
 
+LARGE = {"image_size": 256, "prior_blocks": 6, "batch_size": 16}
+
+
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
         ({"image_size": 100}, "give one or two grids"),
+        ({**LARGE, "grids": (64,), "prior_attention": 3}, "prior_attention is 3: on a grid of 64"),
+        ({**LARGE, "grids": (32, 64), "bottom_prior_attention": 1}, "bottom_prior_attention is 1: on a grid of 64"),
+        ({"bottom_prior_filters": 1}, "bottom_prior_filters is 1: must be at least 2"),
         ({"grids": (8, 4)}, "grids: (8, 4) "),
         ({"image_size": 8}, "image_size is 8: must be at least 16"),
         ({"image_size": 8192}, "image_size is 8192: must be at most 4096"),

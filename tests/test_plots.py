@@ -24,7 +24,9 @@ HISTORY = [
 CODES = [RNG.integers(0, 9, (6, 2, 2)), RNG.integers(0, 16, (6, 4, 4))]
 EMBEDDINGS = [RNG.normal(size=(16, 4)), RNG.normal(size=(16, 4))]
 RATES = [
-    {"grid": g, "num_embeddings": k, "prior_bits_per_image": g * k, "ssim": 0.9, "ssim_brain": 0.8, "psnr_db": 9}
+    {"crop": c, "image_size": 96, "grid": g, "num_embeddings": k, "prior_bits_per_image": g * k}
+    | {"ssim": 0.9, "ssim_brain": 0.8, "psnr_db": 9}
+    for c in (0, 192)
     for g in (6, 12)
     for k in (64, 512)
 ]
@@ -106,6 +108,7 @@ class StubVQVAE:
 
 class StubGenerator:
     num_embeddings = 16
+    background_code = False
 
     def __init__(self, num_levels):
         self.vqvae = StubVQVAE(num_levels)

@@ -231,11 +231,11 @@ def image_set(brightness: dict[str, float], seed: int) -> dict[str, list[np.ndar
 
 def test_equal_distributions_are_at_chance_and_different_ones_are_found(classifier, few_epochs):
     first, brighter = image_set({}, 0), image_set(dict.fromkeys(COUNTS, 180), 1)
-    numbers = two_sample.classifier_two_sample_test(first, brighter, SUBJECTS, classifier)
+    numbers = two_sample.classifier_two_sample_test(first, brighter, SUBJECTS, classifier, 0)
     assert numbers["accuracy"] > 0.95
     assert numbers["accuracy_interval"][0] > 0.9
     assert numbers["accuracy"] in (numbers["accuracy_pooled"], numbers["accuracy_global"])
-    numbers = two_sample.classifier_two_sample_test(first, image_set({}, 2), SUBJECTS, classifier)
+    numbers = two_sample.classifier_two_sample_test(first, image_set({}, 2), SUBJECTS, classifier, 0)
     assert numbers["accuracy"] == pytest.approx(0.5, abs=0.13)
     lower, upper = numbers["accuracy_interval"]
     assert lower < numbers["accuracy"] < upper
@@ -243,18 +243,18 @@ def test_equal_distributions_are_at_chance_and_different_ones_are_found(classifi
 
 def test_classifier_is_trained_on_the_train_part_and_judged_on_the_test_part(classifier, few_epochs):
     first, only_train = image_set({}, 0), image_set({"train": 180, "validate": 180}, 1)
-    numbers = two_sample.classifier_two_sample_test(first, only_train, SUBJECTS, classifier)
+    numbers = two_sample.classifier_two_sample_test(first, only_train, SUBJECTS, classifier, 0)
     assert numbers["accuracy"] == pytest.approx(0.5, abs=0.13)
     # If the test part contradicts what was learnt, the answers are wrong.
     swapped = {**only_train, "test": first["test"]}
     numbers = two_sample.classifier_two_sample_test(
-        {**first, "test": image_set({"test": 180}, 2)["test"]}, swapped, SUBJECTS, classifier
+        {**first, "test": image_set({"test": 180}, 2)["test"]}, swapped, SUBJECTS, classifier, 0
     )
     assert numbers["accuracy"] < 0.1
 
 
 def test_classifier_never_sees_test_items_in_training(classifier, monkeypatch):
-    monkeypatch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 1)
+    monkeypatch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 2)
     first, second = image_set({}, 0), image_set({}, 1)
     seen, fit = [], classifier.fit
 
@@ -263,11 +263,14 @@ def test_classifier_never_sees_test_items_in_training(classifier, monkeypatch):
         return fit(inputs, targets, **options)
 
     monkeypatch.setattr(classifier, "fit", spy)
-    two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier)
-    ((inputs, targets),) = seen
-    assert np.array_equal(inputs[0], np.concatenate([first["train"][0], second["train"][0]]))
-    for head in two_sample.HEADS:
-        assert targets[head].tolist() == [0] * COUNTS["train"] + [1] * COUNTS["train"]
+    two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier, 0)
+    expected = {(images.tobytes(), label) for label, part in enumerate((first, second)) for images in part["train"][0]}
+    for inputs, targets in seen:
+        for head in two_sample.HEADS:
+            items = [(images.tobytes(), label) for images, label in zip(inputs[0], targets[head], strict=True)]
+            assert set(items) == expected
+            assert len(items) == len(expected)
+    assert not np.array_equal(seen[0][0][0], seen[1][0][0])  # another order in each epoch
 
 
 class StubClassifier:
@@ -280,10 +283,10 @@ class StubClassifier:
     variables: list = []
     optimizer = SimpleNamespace(variables=[])
 
-    def fit(self, inputs, targets, epochs, callbacks, **options):
-        for self.epoch in range(epochs):
-            for callback in callbacks:
-                callback.on_epoch_end(self.epoch, {})
+    epoch = -1
+
+    def fit(self, inputs, targets, **options):
+        self.epoch += 1
 
     def logits(self, inputs):
         logits = {}
@@ -301,20 +304,22 @@ def test_epoch_and_head_are_chosen_on_the_validate_part(monkeypatch):
         for label in (0, 1)
     )
     subjects = np.repeat(np.arange(5), 4)
-    numbers = two_sample.classifier_two_sample_test(first, second, (subjects, subjects), StubClassifier())
+    numbers = two_sample.classifier_two_sample_test(first, second, (subjects, subjects), StubClassifier(), 0)
     assert numbers["accuracy"] == numbers["accuracy_global"] == pytest.approx(0.65)  # second epoch
     assert numbers["accuracy_pooled"] == pytest.approx(0.75)  # first epoch
 
 
-def test_classifier_is_left_untrained(classifier, few_epochs):
+def test_result_does_not_depend_on_what_ran_before(classifier, few_epochs):
     first, second = image_set({}, 0), image_set(dict.fromkeys(COUNTS, 105), 1)
     before = [keras.ops.convert_to_numpy(variable) for variable in two_sample._state(classifier)]
-    numbers = two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier)
+    numbers = two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier, 0)
     after = [keras.ops.convert_to_numpy(variable) for variable in two_sample._state(classifier)]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier)
+    two_sample.code_classifier([np.eye(4)], (4,), seed=7)  # Sets the global random seed.
+    assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier, 0)
     fresh = two_sample.image_classifier(16, seed=0)
-    assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, fresh)
+    keras.utils.set_random_seed(8)
+    assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, fresh, 0)
 
 
 @pytest.mark.parametrize("missing", ["train", "validate", "test"])
@@ -326,7 +331,7 @@ def test_sets_without_a_part_are_not_classified(missing):
         part | {missing: [part[missing][0][:0]]},
     ):
         for sets in ((whole, lacking), (lacking, whole)):
-            numbers = two_sample.classifier_two_sample_test(*sets, SUBJECTS, None)
+            numbers = two_sample.classifier_two_sample_test(*sets, SUBJECTS, None, 0)
             assert numbers.pop("accuracy_interval") == [None, None]
             assert set(numbers) == {"accuracy", "accuracy_pooled", "accuracy_global"}
             assert all(math.isnan(value) for value in numbers.values())
@@ -348,7 +353,7 @@ def test_halves_of_two_symmetric_images_are_found(monkeypatch):
     patched = {split: images(halves(count), halves(count)) for split, count in COUNTS.items()}
     subjects = np.arange(240)
     network = two_sample.image_classifier(16, seed=0)
-    numbers = two_sample.classifier_two_sample_test(whole, patched, (subjects, subjects), network)
+    numbers = two_sample.classifier_two_sample_test(whole, patched, (subjects, subjects), network, 0)
     assert numbers["accuracy"] > 0.9  # About 0.6 without the mirror image.
 
 
@@ -365,10 +370,10 @@ def test_codes_of_two_levels_are_classified(few_epochs):
         }
 
     first = grids()
-    equal = two_sample.classifier_two_sample_test(first, grids(), SUBJECTS, network)
+    equal = two_sample.classifier_two_sample_test(first, grids(), SUBJECTS, network, 0)
     assert equal["accuracy"] == pytest.approx(0.5, abs=0.13)
     for different in (grids(top=8), grids(bottom=8)):
-        assert two_sample.classifier_two_sample_test(first, different, SUBJECTS, network)["accuracy"] > 0.9
+        assert two_sample.classifier_two_sample_test(first, different, SUBJECTS, network, 0)["accuracy"] > 0.9
 
 
 # -------------------------------------------------------------------------------------- nearest neighbours
