@@ -188,10 +188,11 @@ def save(folder: Path, made: Generator) -> None:
 
 
 def test_a_finished_run_is_loaded(made, images, tmp_path):
-    with Run(tmp_path, {"data_dir": None}, {"project": project_version()}).start("data", slice_positions=[0, 1, 2]):
+    new = Run(tmp_path, {"data_dir": None}, {"project": project_version()})
+    with new.start("data", slice_positions=[0, 1, 2], crop=192):
         save(tmp_path, made)
     loaded = Generator.load(str(tmp_path))
-    assert loaded.positions.tolist() == [0, 1, 2]
+    assert (loaded.positions.tolist(), loaded.crop) == ([0, 1, 2], 192)
     assert loaded.level_names == made.level_names
     np.testing.assert_allclose(loaded.reconstruct(images), made.reconstruct(images), atol=1e-5)
     np.testing.assert_allclose(loaded.bits(images), made.bits(images), rtol=1e-4)
@@ -200,7 +201,8 @@ def test_a_finished_run_is_loaded(made, images, tmp_path):
 def test_folders_without_a_finished_run_are_named(made, tmp_path):
     with pytest.raises(RunError, match=f"{tmp_path / 'nothing'}: contains no run"):
         Generator.load(tmp_path / "nothing")
-    with Run(tmp_path, {"data_dir": None}, {"project": project_version()}).start("data", slice_positions=[0, 1, 2]):
+    new = Run(tmp_path, {"data_dir": None}, {"project": project_version()})
+    with new.start("data", slice_positions=[0, 1, 2], crop=192):
         training.save_model(made.vqvae, tmp_path / "vqvae.keras")
     with pytest.raises(RunError, match=r"prior\.keras: no such file; finish the run first"):
         Generator.load(tmp_path)

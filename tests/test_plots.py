@@ -203,10 +203,16 @@ def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch)
     assert labels == ["slice 2, RMSE 0.100"]
 
 
-def test_single_level_is_decoded_with_the_mean_vector_of_the_other():
-    generator = SimpleNamespace(vqvae=StubVQVAE(2))
+@pytest.mark.parametrize("background_code", [False, True])
+def test_single_level_is_decoded_with_the_mean_vector_of_the_other(background_code):
+    generator = SimpleNamespace(vqvae=StubVQVAE(2), background_code=background_code)
     images = plots._decode_single_level(generator, CODES, 0, np.array([1, 4]))
     top, bottom = EMBEDDINGS
     mean = bottom[CODES[1]].mean(axis=(0, 1, 2)).astype(np.float32)
     expected = generator.vqvae.decode([top[CODES[0][[1, 4]]], np.broadcast_to(mean, (2, 4, 4, 4))])
+    if background_code:
+        side = expected.shape[1] // 4
+        background = np.repeat(np.repeat(CODES[1][[1, 4]] == 0, side, axis=1), side, axis=2)
+        expected = np.where(background[..., None], 0, expected)
+        assert background.any()
     assert images == pytest.approx(expected, abs=1e-6)

@@ -51,6 +51,8 @@ MEASURES = tuple(comparison.failed_controls(test_comparison.GOOD_CONTROLS, test_
 NUMBERS = {
     "test_slices": 24,
     "test_subjects": 6,
+    "crop": 192,
+    "frame_size": 128,
     **ROW,
     **{f"{name}_interval": [value - 0.01, value + 0.01] for name, value in ROW.items()},
     "worst_slices": [{"index": 3, "subject": "case_<b>", "position": 7, **ROW}],
@@ -182,8 +184,8 @@ def test_findings_of_two_levels_name_the_level():
     prior = report.findings(CONSTANTS, {**NUMBERS, **both})[1]
     assert "5.00 bits per top code and 0.50 bits per bottom code" in prior.summary
     assert "720 bits per image" in prior.summary
-    assert mentioned(prior.good, "100\u00a0% of the 512 top codes")
-    assert mentioned(prior.bad, "50\u00a0% of the 512 bottom codes")
+    assert mentioned(prior.good, "100\u00a0% of the top codes")
+    assert mentioned(prior.bad, "50\u00a0% of the bottom codes")
 
 
 def draw_blank_pictures(folder, num_levels):
