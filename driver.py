@@ -61,7 +61,7 @@ class Config:
     prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
-    bottom_prior_attention: int = 1  # attention layers of the bottom level's prior; memory grows with the grid's area²
+    bottom_prior_attention: int = 1  # of the bottom level's prior; needs memory in proportion to grid to the power of 4
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
