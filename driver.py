@@ -41,9 +41,7 @@ class Config:
     l1_weight: float = 1.0  # of the mean absolute error
     ssim_weight: float = 1.0  # of 1 − SSIM
 
-    augment: bool = (
-        True  # flip, rotate, scale and bend the slices that the VQ-VAE trains on, and change their intensity
-    )
+    augment: bool = True  # flip, rotate, scale and bend the VQ-VAE's training slices, and change their intensity
     batch_size: int = 16  # slices per training step, in all stages
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed precision is for GPUs and TPUs
     devices: int = 1  # number of GPUs per process that share each training step's batch; CPUs if there are no GPUs
@@ -61,7 +59,7 @@ class Config:
     prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
-    bottom_prior_attention: int = 1  # of the bottom level's prior; needs memory in proportion to grid to the power of 4
+    bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of the grid
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above

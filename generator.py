@@ -72,7 +72,7 @@ class Generator:
         """
         run_dir = Path(run_dir)
         config = read_config(run_dir)
-        if config is None or "slice_positions" not in config:
+        if config is None or not {"slice_positions", "crop"} <= config.keys():
             raise RunError(f"{run_dir}: contains no run; give a folder that driver.py has written, as in runs/oasis96")
         vqvae = training.load_model(run_dir / "vqvae.keras", model.VQVAE)
         names = model.prior_names(len(vqvae.grids))

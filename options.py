@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=Any)
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
 SAMPLING_FIELDS = ("num_samples", "measured_slices", "sample_positions", "temperature", "top_k", "top_p")
-MAX_ATTENTION_BYTES = 4 * 2**30
+MAX_ATTENTION_BYTES = 4e9  # Of all attention layers of a prior, in training.
 PATH_FIELDS = ("data_dir", "start_from")  # May change; what is there is compared by its checksum.
 
 
@@ -294,7 +294,7 @@ def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool],
 
 
 def _check_attention(config: Any) -> None:
-    """Refuse attention layers that need more than `MAX_ATTENTION_BYTES` of memory in training, all together."""
+    """Refuse attention layers that need more than `MAX_ATTENTION_BYTES` of memory."""
     if config.prior != "gated":
         return
     for grid, name in zip(config.grids, ("prior_attention", "bottom_prior_attention"), strict=False):
@@ -303,7 +303,7 @@ def _check_attention(config: Any) -> None:
         if getattr(config, name) * layer > MAX_ATTENTION_BYTES:
             raise ConfigError(
                 f"{name} is {getattr(config, name)}: on a grid of {grid} × {grid} codes, at batch_size "
-                f"{config.batch_size}, each layer needs {layer / 2**30:.1f} GB of memory; set it to 0, or choose a "
+                f"{config.batch_size}, each layer needs {layer / 1e9:.1f} GB of memory; set it to 0, or choose a "
                 "smaller batch_size"
             )
 

@@ -458,6 +458,8 @@ class CSVHistory(keras.callbacks.Callback):
 class TensorBoardScalars(keras.callbacks.Callback):
     """Writes the metrics of each epoch for TensorBoard, those of training and of validation in a folder each.
 
+    Keras' own callback would begin new files with each call of `fit`, of which there is one per epoch.
+
     Args:
         folder: The folder that contains the two.
     """

@@ -110,7 +110,7 @@ def train(network: model.VQVAE, slices: dict[str, dataset.Slices], batch_size: i
 def main(options: Options) -> dict[str, Any]:
     """Measure every kind of block and return the numbers by its name."""
     config = driver.Config(data_dir=options.data_dir)
-    slices = dataset.load(config.data_dir, config.image_size, config.seed, crop=config.crop)
+    slices = driver.load_slices(config)
     x, y = next(iter(dataset.image_batches(slices["train"], config.batch_size, seed=0)))
     numbers: dict[str, Any] = common.report_machine()
     print(f"{'block':22} {'images/s':>9} {'of the peak':>12} {f'SSIM after {options.seconds:.0f} s':>18}")

@@ -87,14 +87,7 @@ def main(options: Options) -> dict[str, Any]:
         raise RunError(f"run_dir is {options.run_dir}: contains no run; choose the folder of a finished one")
     config = from_json(driver.Config, saved["constants"])
     check(options, config)
-    slices = dataset.load(
-        config.data_dir,
-        config.image_size,
-        config.seed,
-        config.skip_broken_slices,
-        config.synthetic_subjects,
-        saved["crop"],
-    )
+    slices = driver.load_slices(config)
     if dataset.fingerprint(slices) != saved["data"]:
         raise RunError(f"data_dir is {config.data_dir}: other slices than {options.run_dir} was trained on")
     generator = Generator.load(options.run_dir)

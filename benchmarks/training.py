@@ -132,7 +132,7 @@ def make_networks(config: driver.Config, slices: dict[str, dataset.Slices]) -> d
 def main(options: Options) -> dict[str, Any]:
     """Measure all networks and return their numbers by name."""
     config = driver.Config(data_dir=options.data_dir)
-    slices = dataset.load(config.data_dir, config.image_size, config.seed, crop=config.crop)
+    slices = driver.load_slices(config)
     numbers: dict[str, Any] = common.report_machine()
 
     print(f"{'training step':14} {'images/s':>9} {'GFLOP/s':>9} {'of the peak':>12}")
