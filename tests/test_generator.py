@@ -207,6 +207,9 @@ def test_folders_without_a_finished_run_are_named(made, tmp_path):
     with pytest.raises(RunError, match=r"prior\.keras: no such file; finish the run first"):
         Generator.load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "crop"}))
+    with pytest.raises(RunError, match="contains no run"):
+        Generator.load(tmp_path)
     config["versions"]["project"] = "0.4.0"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match=r"a run of version 0\.4\.0"):
