@@ -94,7 +94,7 @@ def train(
         network.set_weights(devices.broadcast_from_main(network.get_weights()))
         return network
     with devices.distribution_scope(num_devices):
-        with _dtype_policy(precision):
+        with dtype_policy(precision):
             trained = stage.make()
         trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
         checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from)
@@ -201,7 +201,7 @@ def _log_folder(run: Run, stage: Stage) -> str:
 
 
 @contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
+def dtype_policy(name: str) -> Iterator[None]:
     """Context manager: networks made inside use this policy, those made outside float32."""
     keras.config.set_dtype_policy(name)
     try:

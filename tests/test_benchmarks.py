@@ -14,7 +14,7 @@ import driver
 import layers
 import model
 import phantom
-from benchmarks import blocks, common, kill, loading, sampling
+from benchmarks import blocks, common, kill, loading, priors, sampling
 
 MODULES = sorted(path.stem for path in Path(kill.__file__).parent.glob("[!_]*.py"))
 
@@ -113,6 +113,34 @@ def test_all_sampling_methods_sample_the_same_codes():
     np.testing.assert_array_equal(sampling.full_passes(prior, *inputs, 16), expected)
     np.testing.assert_array_equal(sampling.cached_sampling(prior, 3)(), expected)
     assert sampling.operations_per_grid(prior) > 0
+
+
+def test_soft_targets_favour_the_nearest_codes():
+    targets = priors.soften(np.arange(8.0)[:, None], 0.1)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(targets[0], [0.9, *4 * [0.025], 0, 0, 0])
+
+
+def test_input_noise_replaces_inputs_but_not_targets():
+    codes = np.zeros((64, 4, 4), np.int32)
+    variant = priors.Variant(driver.Config(), lambda: None, input_noise=0.25)
+    batches = priors.add_noise(variant, lambda epoch: dataset.code_batches({"codes": codes}, 64), 0)
+    ((inputs, targets),) = batches
+    assert 0.15 < np.mean(inputs["codes"] != 0) < 0.35
+    np.testing.assert_array_equal(targets, codes)
+
+
+def test_the_average_is_validated_and_training_continues_with_the_weights():
+    network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    average = priors.WeightAverage(0.5)
+    average.set_model(network)
+    for value in (2.0, 4.0):
+        network.set_weights([np.array([[value]])])
+        average.on_train_batch_end(0)
+    average.on_test_begin()
+    assert network.get_weights()[0] == 3.0
+    average.on_epoch_begin(1)
+    assert network.get_weights()[0] == 4.0
 
 
 @pytest.mark.parametrize("block", blocks.BLOCKS.values())
