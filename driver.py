@@ -60,7 +60,6 @@ class Config:
     prior_uses_position: bool = True  # condition the prior on the slice position
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
     bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of the grid
-    prior_mirrored: bool = True  # visit each column of a code grid together with its mirror image, not in raster order
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above

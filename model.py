@@ -24,7 +24,6 @@ from layers import (
     ResidualBlock,
     Tensor,
     VectorQuantizer,
-    position_features,
     replica_index_and_count,
     ssim,
     ssim_map,
@@ -190,9 +189,11 @@ class VQVAE(keras.Model):
         self.projections: list[keras.layers.Conv2D] = []
         self.quantizers: list[VectorQuantizer] = []
         self.decoders: list[keras.Sequential] = []
-        for level in range(len(grids)):
+        for level, (grid, finer) in enumerate(zip(grids, [*grids[1:], image_size], strict=True)):
+            halvings, reads_image = int(math.log2(finer // grid)), finer == image_size
+            widths = [channels if reads_image and i == 0 else 2 * channels for i in range(halvings)]
+            blocks = [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
             prefix = level_prefixes(len(grids))[level]
-            widths, blocks = _widths_and_blocks(image_size, grids, channels, residual_blocks, level)
             self.encoders.append(_encoder(widths, blocks, f"{prefix}encoder"))
             self.projections.append(keras.layers.Conv2D(embedding_dim, 1, name=f"{prefix}projection"))
             self.quantizers.append(
@@ -209,7 +210,7 @@ class VQVAE(keras.Model):
                     name=f"{prefix}quantizer",
                 )
             )
-            self.decoders.append(make_decoder(image_size, grids, channels, residual_blocks, level))
+            self.decoders.append(_decoder(widths, blocks, 1 if reads_image else 2 * channels, f"{prefix}decoder"))
         self.reconstruction_loss = keras.metrics.Mean(name="reconstruction")
         self.ssim_metric = keras.metrics.Mean(name="ssim")
         self(keras.Input((image_size, image_size, 1)))  # creates the weights
@@ -226,11 +227,11 @@ class VQVAE(keras.Model):
         """
         decoded = None
         for level, features in enumerate(self.features(images)):
-            vectors = self.projections[level](concatenate(features, decoded))
+            vectors = self.projections[level](_concatenate(features, decoded))
             quantized, _ = self.quantizers[level](vectors, self.background(images, level), training=training)
             if training and level:
                 quantized = self._drop_bottom(quantized)
-            decoded = self.decoders[level](concatenate(quantized, decoded))
+            decoded = self.decoders[level](_concatenate(quantized, decoded))
         reconstructions = self._blacken(ops.cast(decoded, "float32"), self.background(images, len(self.grids) - 1))
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
 
@@ -242,7 +243,11 @@ class VQVAE(keras.Model):
 
     def _blacken(self, decoded: Tensor, background: Tensor) -> Tensor:
         """Set the pixels (B, H, W, 1) of cells of the finest grid that are background, (B, h, w) bool, to zero."""
-        return decoded if self.background_threshold is None else blacken(decoded, background)
+        if self.background_threshold is None:
+            return decoded
+        side = self.image_size // self.grids[-1]
+        background = ops.repeat(ops.repeat(background[..., None], side, axis=1), side, axis=2)
+        return ops.where(background, 0.0, decoded)
 
     def _drop_bottom(self, quantized: Tensor) -> Tensor:
         """Replace the vectors (B, h, w, D) of random images by the mean of all vectors of the batch."""
@@ -282,10 +287,10 @@ class VQVAE(keras.Model):
         """
         decoded, codes = None, []
         for level, features in enumerate(self.features(images)):
-            vectors = self.projections[level](concatenate(features, decoded))
+            vectors = self.projections[level](_concatenate(features, decoded))
             codes.append(self.quantizers[level].nearest(vectors, self.background(images, level)))
             if level + 1 < len(self.grids):  # only the finer levels need what this one decodes
-                decoded = self.decoders[level](concatenate(self.quantizers[level].lookup(codes[-1]), decoded))
+                decoded = self.decoders[level](_concatenate(self.quantizers[level].lookup(codes[-1]), decoded))
         return codes
 
     def decode(self, quantized: Sequence[Tensor]) -> Tensor:
@@ -299,7 +304,7 @@ class VQVAE(keras.Model):
         """
         decoded = None
         for decoder, vectors in zip(self.decoders, quantized, strict=True):
-            decoded = decoder(concatenate(vectors, decoded))
+            decoded = decoder(_concatenate(vectors, decoded))
         return ops.clip(self._blacken(ops.cast(decoded, "float32"), ops.all(quantized[-1] == 0, axis=-1)), 0, 1)
 
     def decode_code(self, codes: Sequence[Tensor]) -> Tensor:
@@ -345,35 +350,9 @@ class VQVAE(keras.Model):
         return {**self.settings, "name": self.name}
 
 
-def concatenate(features: Tensor, decoded: Tensor | None) -> Tensor:
+def _concatenate(features: Tensor, decoded: Tensor | None) -> Tensor:
     """Concatenate features with the output of the coarser level's decoder, if there is one, along the channels."""
     return features if decoded is None else ops.concatenate([features, ops.cast(decoded, features.dtype)], axis=-1)
-
-
-def blacken(images: Tensor, background: Tensor) -> Tensor:
-    """Set the pixels of images (B, H, W, 1) to zero whose cells of a grid are background, (B, h, w) bool."""
-    side = images.shape[1] // background.shape[1]
-    background = ops.repeat(ops.repeat(background[..., None], side, axis=1), side, axis=2)
-    return ops.where(background, 0.0, images)
-
-
-def make_decoder(
-    image_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
-) -> keras.Sequential:
-    """Return the untrained decoder of a level; see `VQVAE`. Level 0 is the coarsest, and the last decodes images."""
-    widths, blocks = _widths_and_blocks(image_size, grids, channels, residual_blocks, level)
-    output_channels = 1 if level == len(grids) - 1 else 2 * channels
-    return _decoder(widths, blocks, output_channels, f"{level_prefixes(len(grids))[level]}decoder")
-
-
-def _widths_and_blocks(
-    image_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
-) -> tuple[list[int], list[int]]:
-    """Return the number of channels and of residual blocks after each halving of a level's encoder."""
-    finer = [*grids[1:], image_size][level]
-    halvings = int(math.log2(finer // grids[level]))
-    widths = [channels if finer == image_size and i == 0 else 2 * channels for i in range(halvings)]
-    return widths, [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
 
 
 def _encoder(widths: list[int], blocks: list[int], name: str) -> keras.Sequential:
@@ -412,13 +391,9 @@ def _decoder(widths: list[int], blocks: list[int], output_channels: int, name: s
 class PixelCNN(keras.Model):
     """Autoregressive prior over the code indices of one level.
 
-    The model factorises the probability of a grid of codes row by row:
+    The model factorises the probability of a grid of codes in raster order:
 
         log p(codes) = Σ_i log p(code_i | earlier codes, slice position, codes of the coarser level).
-
-    Brains are nearly symmetric, and what a raster scan learns least is which left half belongs to which right half.
-    With `mirrored=True` the columns of each row are therefore visited from the outside in, each followed by its mirror
-    image: 0, w − 1, 1, w − 2, …. Convolutions run over the grid in this order, in which mirror images are neighbours.
 
     With `gated=True` it is the gated PixelCNN, whose vertical and horizontal stacks leave no blind spot. With
     `gated=False` it is the plain PixelCNN. Both start with a 7 × 7 convolution of mask A, followed by residual blocks
@@ -448,10 +423,6 @@ class PixelCNN(keras.Model):
         attention: Number of attention layers, at most `num_blocks`. Only the gated PixelCNN can have any.
         coarse_grid_size: (h', w') of the coarser level whose codes the model is conditioned on, with h / h' a power of
             two. None without a coarser level.
-        mirrored: Whether the columns of a row are visited in pairs of mirror images instead of from left to right.
-
-    Attributes:
-        column_order: The columns of a row in the order in which they are visited, (w,) int32.
 
     Raises:
         ValueError: If there are too few blocks for the receptive field to cover the grid, or attention without gates.
@@ -476,7 +447,6 @@ class PixelCNN(keras.Model):
         use_position: bool = True,
         attention: int = 0,
         coarse_grid_size: Sequence[int] | None = None,
-        mirrored: bool = False,
         name: str = "prior",
         **kwargs: Any,
     ) -> None:
@@ -492,11 +462,8 @@ class PixelCNN(keras.Model):
             "gated": gated,
             "use_position": use_position,
             "attention": attention,
-            "mirrored": mirrored,
         }
         self.num_embeddings, self.grid_size = num_embeddings, tuple(grid_size)
-        columns = np.arange(grid_size[1], dtype=np.int32)
-        self.column_order = np.stack([columns, columns[::-1]], axis=1).ravel()[: len(columns)] if mirrored else columns
         self.coarse_grid_size = tuple(coarse_grid_size) if coarse_grid_size else None
         self.use_position = use_position
 
@@ -546,18 +513,10 @@ class PixelCNN(keras.Model):
             (B, h, w, K) float32.
         """
         condition = self.condition(inputs)
-        stacks = self.stem(self.embedding(self.reorder(inputs["codes"], axis=2)))
+        stacks = self.stem(self.embedding(inputs["codes"]))
         for block in self.blocks:
             stacks = block(stacks, condition, training=training)
-        return self.head(self.restore(stacks[-1], axis=2))
-
-    def reorder(self, tensor: Tensor, axis: int) -> Tensor:
-        """Return a tensor whose columns, along this axis, are in the order in which they are visited."""
-        return ops.take(tensor, self.column_order, axis=axis) if self.settings["mirrored"] else tensor
-
-    def restore(self, tensor: Tensor, axis: int) -> Tensor:
-        """Return a tensor whose columns, in the order in which they are visited, are put back into their places."""
-        return ops.take(tensor, np.argsort(self.column_order), axis=axis) if self.settings["mirrored"] else tensor
+        return self.head(stacks[-1])
 
     def head(self, features: Tensor) -> Tensor:
         """Return the logits of features: (..., filters) -> (..., K) float32."""
@@ -566,15 +525,20 @@ class PixelCNN(keras.Model):
     def condition(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features that every block is conditioned on.
 
+        Positions are encoded as sines and cosines (Vaswani et al. 2017, section 3.5). Neighbouring slices therefore
+        have similar features, and positions that are rare in the training data need no embedding of their own.
+
         Args:
             inputs: "positions", slice positions (B,), ignored if `use_position` is off; for a bottom prior "coarse",
                 codes of the coarser level (B, h', w') int32; and, for augmented images, "augmentation", the parameters
                 (B, P) float32 of `augmentation.as_condition`, which are zero for images that are not augmented.
 
         Returns:
-            (B, 1, 1, filters), or (B, h, w, filters) with coarse codes, whose columns are in the order of visits.
+            (B, 1, 1, filters), or (B, h, w, filters) with coarse codes.
         """
-        waves = position_features(inputs["positions"])
+        wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 to 402 slices
+        angles = ops.cast(inputs["positions"], "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
+        waves = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)  # (B, 12)
         waves = waves if self.use_position else ops.zeros_like(waves)
         augmentation = inputs.get("augmentation")
         if augmentation is None:
@@ -582,7 +546,7 @@ class PixelCNN(keras.Model):
         condition = self.slice_embedding(ops.concatenate([waves, augmentation], axis=-1))[:, None, None, :]
         if self.coarse_network is None:
             return condition
-        return condition + self.reorder(self.coarse_network(inputs["coarse"]), axis=2)
+        return condition + self.coarse_network(inputs["coarse"])
 
     def compute_loss(
         self,

@@ -46,7 +46,6 @@ _EARLIER_WORK = {
     "background_code": False,
     "prior_attention": 0,
     "bottom_prior_attention": 0,
-    "prior_mirrored": False,
     "prior_augment": False,
     "l1_weight": 0.0,
     "ssim_weight": 0.0,

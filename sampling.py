@@ -197,9 +197,7 @@ def cached_sampling(
     inputs: Tensor,
     sample_cell: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Visit the cells of a grid one by one, row by row, computing at each cell only what it adds.
-
-    Columns are counted in the order in which the prior visits them.
+    """Visit the cells of a grid in raster order, computing at each cell only what it adds.
 
     Each layer caches what later cells will read of it (Ramachandran et al. 2017, "Fast Generation for Convolutional
     Autoregressive Models"). The layers are those of the prior, so the logits equal those of
@@ -217,7 +215,6 @@ def cached_sampling(
     """
     (height, width), batch_size = prior.grid_size, ops.shape(inputs)[-1]
     layers: list[CachedLayer] = [prior.stem, *prior.blocks]
-    inputs = prior.reorder(inputs, axis=1)
     condition = prior.condition(conditioning)  # (B, h or 1, w or 1, filters)
     condition = ops.swapaxes(ops.repeat(condition, height // condition.shape[1], axis=1), 0, 1)  # (h, B, w or 1, …)
     nothing = ops.zeros((batch_size, width, prior.embedding.output_dim))  # above and to the left of the grid
@@ -246,4 +243,4 @@ def cached_sampling(
 
     codes = ops.zeros((height, width, batch_size), dtype="int32")
     states = [layer.start(batch_size, prior.grid_size) for layer in layers]
-    return prior.restore(ops.fori_loop(0, height, next_row, (codes, nothing, states))[0], axis=1)
+    return ops.fori_loop(0, height, next_row, (codes, nothing, states))[0]

@@ -82,7 +82,6 @@ def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior
         use_position=config.prior_uses_position,
         attention=attention if gated else 0,
         coarse_grid_size=(config.grids[level - 1],) * 2 if level else None,
-        mirrored=config.prior_mirrored,
     )
 
 

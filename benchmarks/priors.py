@@ -93,8 +93,7 @@ def variants(config: driver.Config, level: int) -> dict[str, Variant]:
     usual = variant()
     priors = {
         "as configured": usual,
-        "as in version 1": variant(prior_augment=False, prior_mirrored=False, prior_dropout=0.2, **{attention: 0}),
-        "raster order": variant(prior_mirrored=False),
+        "as in version 1": variant(prior_augment=False, prior_dropout=0.2, **{attention: 0}),
         "without augmentation": variant(prior_augment=False),
         "without attention": variant(**{attention: 0}),
         "plain": variant(prior="plain", **{attention: 0}),
