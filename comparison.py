@@ -75,27 +75,36 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
     Returns:
         Four dictionaries:
 
-        - samples: the numbers of `Comparison.measure`; accuracies of classifiers against real slices (c2st_real),
-          against reconstructions (c2st_reconstructions), and of codes against codes of real slices (c2st_codes);
-          `count`, the number of samples; and `nearest_to_training`, the ten samples nearest to a reconstructed training
-          slice.
-        - references: the numbers of `reconstructions` of the test slices, the best that the decoder allows; those of
-          `other_subjects` (see `Comparison.measure_other_subjects`), the best that any model can reach; and
-          real_ms_ssim_of_pairs, that of the real slices.
+        - samples: the numbers of `Comparison.measure` and `Comparison.measure_copies`; accuracies of classifiers
+          against real slices (c2st_real), of codes against codes of real slices (c2st_codes), and of what the VQ-VAE
+          decodes from them against reconstructions (c2st_reconstructions); `count`, the number of samples; and
+          `nearest_to_training`, the ten samples nearest to a training slice.
+        - references: the numbers of `reconstructions` of the test slices; those of `other_subjects` (see
+          `Comparison.measure_other_subjects`), the best that any model can reach; and real_ms_ssim_of_pairs, that of
+          the real slices. With a sharp decoder also those of `sharp_reconstructions`, the best that it allows, and of
+          `faithful_samples`, the same samples decoded by the VQ-VAE.
         - controls: the numbers of each control, with c2st and c2st_codes.
         - failed_controls: for each measure, the controls that it fails; see `failed_controls`.
     """
     comparison = Comparison(results, seed)
     real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
+    faithful, drawn = comparison.redecode(samples), comparison.draw(decoded)
     sampled = {
         "count": len(real["test"].images),
         "c2st_real": comparison.classify_images(real, samples),
-        "c2st_reconstructions": comparison.classify_images(decoded, samples),
+        "c2st_reconstructions": comparison.classify_images(decoded, faithful),
         "c2st_codes": comparison.classify_codes(decoded, samples),
         **comparison.measure(samples["test"]),
+        **comparison.measure_copies(samples["test"], drawn["test"]),
         "nearest_to_training": comparison.nearest_to_training(samples["test"]),
     }
-    reconstructions = {"c2st_real": comparison.classify_images(real, decoded), **comparison.measure(decoded["test"])}
+    references = {"reconstructions": decoded}
+    if results.generator.decoder:
+        references |= {"sharp_reconstructions": drawn, "faithful_samples": faithful}
+    measured = {
+        name: {"c2st_real": comparison.classify_images(real, images), **comparison.measure(images["test"])}
+        for name, images in references.items()
+    }
     controls = {}
     for name in CONTROLS:
         faultless, control = comparison.control(name)
@@ -107,12 +116,12 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
     return {
         "samples": sampled,
         "references": {
-            "reconstructions": reconstructions,
+            **measured,
             "other_subjects": comparison.measure_other_subjects(),
             "real_ms_ssim_of_pairs": ms_ssim_of_pairs(real["test"].images, comparison.pairs),
         },
         "controls": controls,
-        "failed_controls": failed_controls(controls, reconstructions),
+        "failed_controls": failed_controls(controls, measured["reconstructions"]),
     }
 
 
@@ -157,6 +166,22 @@ class Comparison:
         return {
             split: self._fakes(to_display_uint8(samples.images), samples.codes, samples.positions)
             for split, samples in self.results.compared_samples.items()
+        }
+
+    def redecode(self, images: ImageSet) -> ImageSet:
+        """The same codes, decoded by the VQ-VAE."""
+        return {split: replace(part, images=self._decode(part.codes)) for split, part in images.items()}
+
+    def draw(self, images: ImageSet) -> ImageSet:
+        """The same codes, decoded as samples are; see `Generator.draw`."""
+        return {
+            split: replace(
+                part,
+                images=to_display_uint8(
+                    self.results.generator.draw(part.codes, self.seed, f"reconstructions of {split}")
+                ),
+            )
+            for split, part in images.items()
         }
 
     def _fakes(self, images: np.ndarray, codes: list[np.ndarray], positions: np.ndarray) -> Part:
@@ -301,12 +326,27 @@ class Comparison:
         means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
         return means | {f"{name}_spread": float(np.std([draw[name] for draw in draws], ddof=1)) for name in draws[0]}
 
+    def measure_copies(self, samples: Part, unseen: Part) -> dict[str, float]:
+        """Compare the images themselves, including what a sharp decoder has added, with the real training slices.
+
+        Args:
+            samples: The samples.
+            unseen: Slices of test subjects, encoded and decoded in the same way.
+
+        Returns:
+            The numbers of `two_sample.nearest_neighbour_metrics` for "images".
+        """
+        distances, reference = ({"images": self._nearest_training(part)[1]} for part in (samples, unseen))
+        return two_sample.nearest_neighbour_metrics(distances, reference)
+
+    def _nearest_training(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """Index of the nearest real training slice of each image, and the distance in pixels, (N,) each."""
+        train = self.real["train"]
+        return two_sample.nearest_neighbours(_flat(part.images), _flat(train.images), *_subjects(part, train))
+
     def nearest_to_training(self, samples: Part) -> list[dict[str, Any]]:
-        """The ten samples nearest to a reconstructed training slice in pixels, as {index, train_index, distance}."""
-        train = self.decoded["train"]
-        index, distances = two_sample.nearest_neighbours(
-            _flat(samples.images), _flat(train.images), *_subjects(samples, train)
-        )
+        """The ten samples nearest to a training slice in pixels, as {index, train_index, distance}."""
+        index, distances = self._nearest_training(samples)
         train_index = self.results.compared["train"][index]
         return [
             {"index": int(i), "train_index": int(train_index[i]), "distance": float(distances[i])}

@@ -374,30 +374,30 @@ def image_batches(
     return batches.enumerate(first_step).map(to_inputs).prefetch(2)
 
 
-def code_batches(
+def input_batches(
     inputs: Mapping[str, np.ndarray],
+    target: str,
     batch_size: int,
     seed: int | None = None,
     first_epoch: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
-    """Batches to train a prior on.
+    """Batches to train a network on that has several inputs.
 
     Args:
-        inputs: Inputs of the prior by name, (N, ...) each: "codes" (N, h, w) int32 code indices, "positions" (N,) int32
-            slice positions and, for a prior that is conditioned on them, "coarse" (N, h', w') int32 codes of the
-            coarser level.
+        inputs: Inputs of the network by name, (N, ...) each.
+        target: Name of the input that is also the target.
         batch_size, seed, first_epoch, shard: As in `image_batches`.
 
     Returns:
-        A dataset of (inputs, codes) that prefetches batches.
+        A dataset of (inputs, target) that prefetches batches.
     """
     order_seed = None if seed is None else seeds.number(seed, "order of codes")
     batches = _batches(tuple(inputs.values()), batch_size, order_seed, first_epoch, shard)
 
     def with_targets(*batch: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         named = dict(zip(inputs, batch, strict=True))
-        return named, named["codes"]
+        return named, named[target]
 
     return batches.map(with_targets).prefetch(2)
 

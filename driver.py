@@ -64,8 +64,13 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
+    decoder_epochs: int = 8  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
+    decoder_learning_rate: float = 2e-4  # peak, as above
+    adversarial_weight: float = 0.01  # of the discriminator's verdict in the loss of the sharp decoder
+
     num_samples: int = 20  # number of generated slices in samples/
     measured_slices: int = 3000  # maximum number of slices of each split that are compared with samples
+    sharp_samples: bool = True  # decode samples with the sharp decoder
     sample_positions: tuple[int, ...] = ()  # slice positions to generate, in turn; none: as in the training data
     temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
     top_k: int = 0  # sample among the k most likely codes only; 0: all
@@ -93,7 +98,7 @@ import dataset
 import devices
 import metrics
 import options
-import plots
+import pictures
 import report
 import seeds
 import stages
@@ -131,6 +136,7 @@ def main(config: Config) -> dict[str, Any]:
                 return summarize(config, run) if run else {}
             encoder, codes = train_vqvae(config, run, slices)
             generator = train_priors(config, run, stages.prior_stages(config, slices, codes, encoder), encoder)
+            generator = train_decoder(config, run, slices, codes, generator)
             critic_stages = stages.prior_stages(config, slices, codes, encoder, critic=True)
             critic = train_priors(config, run, critic_stages, encoder)
             devices.shutdown()
@@ -177,13 +183,24 @@ def train_priors(config: Config, run: Run | None, wanted: list[Stage], encoder: 
     return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size, encoder.crop)
 
 
+def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes, generator: Generator) -> Generator:
+    """Train the sharp decoder, if there is to be one. Returns the generator that samples are drawn with."""
+    if not config.decoder_epochs:
+        return generator
+    stage = stages.decoder_stage(config, slices, codes, generator)
+    decoder = training.train(stage, run, **options.training_settings(config) | {"start_from": None})
+    if not config.sharp_samples:
+        return generator
+    return Generator(generator.vqvae, generator.priors, generator.positions, config.batch_size, generator.crop, decoder)
+
+
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:
     """Measure the results, draw them, and write the report. Returns the metrics.
 
     Args:
         made_from: Names of what determines the results; see `Run.make`.
     """
-    names, inputs = plots.pictures(len(config.grids)), [*made_from]
+    names, inputs = pictures.of_run(len(config.grids), results.generator.decoder is not None), [*made_from]
     run.make(results.samples.files, inputs, results.samples.save)
     run.make("metrics.json", inputs, lambda path: write_json(path, measure(config, results)))
     run.make("test_slices.csv", inputs, lambda path: write_table(path, metrics.slice_rows(results)))
@@ -229,7 +246,7 @@ def make_results(
         split: comparison.choose_subjects(split_slices, config.measured_slices, config.seed)
         for split, split_slices in slices.items()
     }
-    made_from = ["slices", "sampling", *(f"{name}.keras" for name in stages.makers(config))]
+    made_from = ["slices", "sampling", *(f"{name}.keras" for name in stages.names(config))]
     positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
     positions["codes"] = sample_positions(config, slices)
     arguments = options.sampling_arguments(config)
@@ -251,6 +268,9 @@ def make_results(
         sampling=arguments,
         history=run.history,
         numbers={},
+        sharp_reconstructions=(
+            generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
+        ),
         note=options.data_note(config),
     )
     return results, made_from + [file for name in positions for file in code_files(name, len(config.grids))]

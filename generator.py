@@ -25,6 +25,7 @@ import dataset
 import model
 import sampling
 import seeds
+import sharp
 import training
 from run import Run, RunError, read_config
 
@@ -32,7 +33,10 @@ Positions = Sequence[int] | np.ndarray
 
 
 class Generator:
-    """A trained VQ-VAE and its priors.
+    """A trained VQ-VAE, its priors, and the sharp decoder.
+
+    `decode` gives what is known to be right: reconstructions blur what the codes do not determine. `draw` gives what
+    looks real: fine folds are plausible, not true.
 
     Codes are lists of one array of code indices per level, (N, h, w) int32, the coarsest level first; with a single
     level the list has one item. Images are (N, H, W, 1); networks compute in batches, so N may be large.
@@ -44,6 +48,7 @@ class Generator:
         batch_size: Number of slices that pass through a network at a time.
         crop: Side in pixels of the central square of the slices that the networks were trained on, resized; 0 for whole
             slices. Images that are encoded must be cropped alike, as by `pngs.decode`, and generated ones are.
+        decoder: The sharp decoder. Without it, `draw` and `sample` use that of the VQ-VAE.
     """
 
     def __init__(
@@ -53,10 +58,11 @@ class Generator:
         positions: Positions,
         batch_size: int = 16,
         crop: int = 0,
+        decoder: sharp.SharpDecoder | None = None,
     ) -> None:
         self.vqvae, self.priors = vqvae, list(priors)
         self.positions = np.asarray(positions, np.int32)
-        self.batch_size, self.crop = batch_size, crop
+        self.batch_size, self.crop, self.decoder = batch_size, crop, decoder
 
     @classmethod
     def load(cls, run_dir: str | Path, batch_size: int = 16) -> "Generator":
@@ -77,7 +83,10 @@ class Generator:
         vqvae = training.load_model(run_dir / "vqvae.keras", model.VQVAE)
         names = model.prior_names(len(vqvae.grids))
         priors = [training.load_model(run_dir / f"{name}.keras", model.PixelCNN) for name in names]
-        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"])
+        constants, decoder = config["constants"], None
+        if constants.get("decoder_epochs") and constants["sharp_samples"]:
+            decoder = training.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
+        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder)
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -126,6 +135,29 @@ class Generator:
         """Decode code indices, (N, h, w) per level, to images (N, H, W, 1) float32 in [0, 1]."""
         return self._in_batches(lambda *batch: [self.vqvae.decode_code(batch)], codes, "slices decoded")[0]
 
+    def draw(self, codes: Sequence[np.ndarray], seed: int = 0, purpose: str = "samples") -> np.ndarray:
+        """Decode code indices with the sharp decoder, if there is one, which draws the detail that they leave open.
+
+        Args:
+            codes: Code indices, (N, h, w) int32 per level.
+            seed: The same seed gives the same detail for the same purpose; 0 or more.
+            purpose: What the images are for, as in `sample_codes`.
+
+        Returns:
+            (N, H, W, 1) float32 in [0, 1].
+        """
+        decoder = self.decoder
+        if decoder is None:
+            return self.decode(codes)
+
+        def decode(index: np.ndarray, *batch: np.ndarray) -> list[Any]:
+            shape = (decoder.image_size, decoder.image_size, 1)
+            streams = [seeds.generator(seed, f"noise of {purpose}", int(i)) for i in index]
+            noise = np.stack([random.standard_normal(shape, np.float32) for random in streams])
+            return [decoder({"noise": noise, **{f"codes_{level}": indices for level, indices in enumerate(batch)}})]
+
+        return self._in_batches(decode, [np.arange(len(codes[0])), *codes], "slices decoded")[0]
+
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Encode and decode images; see `encode` and `decode`."""
         return self.decode(self.encode(images))
@@ -171,8 +203,8 @@ class Generator:
         top_p: float = 1.0,
         purpose: str = "samples",
     ) -> np.ndarray:
-        """Sample images (N, H, W, 1) float32 in [0, 1], one per slice position; see `sample_codes`."""
-        return self.decode(self.sample_codes(positions, seed, temperature, top_k, top_p, purpose))
+        """Sample images (N, H, W, 1) float32 in [0, 1], one per slice position; see `sample_codes` and `draw`."""
+        return self.draw(self.sample_codes(positions, seed, temperature, top_k, top_p, purpose), seed, purpose)
 
     def nats_per_code(self, codes: Sequence[np.ndarray], positions: Positions) -> list[np.ndarray]:
         """Cross-entropy of codes under the priors.
@@ -338,7 +370,7 @@ def make_samples(
 
     run.make(files, made_from, write)
     codes = [np.load(run.folder / file) for file in files]
-    return Samples(generator.decode(codes), codes, positions)
+    return Samples(generator.draw(codes, sampling["seed"], sampling["purpose"]), codes, positions)
 
 
 @dataclass(frozen=True)
@@ -349,7 +381,8 @@ class Results:
         generator: The trained networks.
         slices: The data, by split.
         codes: Code indices of the slices, by split, (N, h, w) int32 per level.
-        reconstructions: (N, H, W, 1) float32 in [0, 1], of the splits "validate" and "test".
+        reconstructions: (N, H, W, 1) float32 in [0, 1], of the splits "validate" and "test", by the VQ-VAE.
+        sharp_reconstructions: The same of the test split by the sharp decoder, None if there is none.
         critic: The VQ-VAE with other priors, which were trained independently of the generator's.
         samples: The samples that are saved as pictures.
         compared: Indices of the slices of each split that are compared with samples.
@@ -371,4 +404,5 @@ class Results:
     sampling: dict[str, Any]
     history: list[dict[str, Any]]
     numbers: dict[str, Any]
+    sharp_reconstructions: np.ndarray | None = None
     note: str = ""

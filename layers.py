@@ -82,6 +82,20 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return ops.mean(ssim_map(x, y)[:, 5:-5, 5:-5], axis=(1, 2))
 
 
+# --------------------------------------------------------------------------------------------- slice positions
+
+
+def position_features(positions: Tensor) -> Tensor:
+    """Encode slice positions (B,) as sines and cosines (Vaswani et al. 2017, section 3.5): (B, 12) float32.
+
+    Neighbouring slices have similar features, and positions that are rare in the training data need no embedding of
+    their own.
+    """
+    wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 to 402 slices
+    angles = ops.cast(positions, "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
+    return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+
+
 # --------------------------------------------------------------------------------------------- replicas
 #
 # Under tf.distribute every device runs a replica of the model on its shard of the batch, in its own Python thread.

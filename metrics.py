@@ -29,8 +29,12 @@ def measure(results: Results) -> dict[str, Any]:
     Returns:
         The sizes of the test split (`test_slices`, `test_subjects`); `crop`, see `dataset.Slices`; `frame_size`, the
         height and width of the whole slices that the reconstructions are measured on; and the numbers of
-        `reconstruction_metrics`, `code_and_prior_metrics` and `likelihood_metrics`.
+        `reconstruction_metrics`, `code_and_prior_metrics` and `likelihood_metrics`. All of them are those of the
+        VQ-VAE's decoder; with a sharp decoder, `sharp` has the numbers of `reconstruction_metrics` for its
+        reconstructions.
     """
+    drawn = results.sharp_reconstructions
+    sharp = whole_slices(replace(results, reconstructions={"test": drawn})) if drawn is not None else None
     results = whole_slices(results)
     test, reconstructions = results.slices["test"], results.reconstructions["test"]
     numbers: dict[str, Any] = {
@@ -41,6 +45,8 @@ def measure(results: Results) -> dict[str, Any]:
         **reconstruction_metrics(test, reconstructions),
         **code_and_prior_metrics(results),
     }
+    if sharp:
+        numbers["sharp"] = reconstruction_metrics(sharp.slices["test"], sharp.reconstructions["test"])
     return numbers | likelihood_metrics(results, numbers["prior_bits_per_image"])
 
 

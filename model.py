@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 import seeds
@@ -24,6 +23,7 @@ from layers import (
     ResidualBlock,
     Tensor,
     VectorQuantizer,
+    position_features,
     replica_index_and_count,
     ssim,
     ssim_map,
@@ -189,11 +189,9 @@ class VQVAE(keras.Model):
         self.projections: list[keras.layers.Conv2D] = []
         self.quantizers: list[VectorQuantizer] = []
         self.decoders: list[keras.Sequential] = []
-        for level, (grid, finer) in enumerate(zip(grids, [*grids[1:], image_size], strict=True)):
-            halvings, reads_image = int(math.log2(finer // grid)), finer == image_size
-            widths = [channels if reads_image and i == 0 else 2 * channels for i in range(halvings)]
-            blocks = [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
+        for level in range(len(grids)):
             prefix = level_prefixes(len(grids))[level]
+            widths, blocks = _widths_and_blocks(image_size, grids, channels, residual_blocks, level)
             self.encoders.append(_encoder(widths, blocks, f"{prefix}encoder"))
             self.projections.append(keras.layers.Conv2D(embedding_dim, 1, name=f"{prefix}projection"))
             self.quantizers.append(
@@ -210,7 +208,7 @@ class VQVAE(keras.Model):
                     name=f"{prefix}quantizer",
                 )
             )
-            self.decoders.append(_decoder(widths, blocks, 1 if reads_image else 2 * channels, f"{prefix}decoder"))
+            self.decoders.append(make_decoder(image_size, grids, channels, residual_blocks, level))
         self.reconstruction_loss = keras.metrics.Mean(name="reconstruction")
         self.ssim_metric = keras.metrics.Mean(name="ssim")
         self(keras.Input((image_size, image_size, 1)))  # creates the weights
@@ -227,11 +225,11 @@ class VQVAE(keras.Model):
         """
         decoded = None
         for level, features in enumerate(self.features(images)):
-            vectors = self.projections[level](_concatenate(features, decoded))
+            vectors = self.projections[level](concatenate(features, decoded))
             quantized, _ = self.quantizers[level](vectors, self.background(images, level), training=training)
             if training and level:
                 quantized = self._drop_bottom(quantized)
-            decoded = self.decoders[level](_concatenate(quantized, decoded))
+            decoded = self.decoders[level](concatenate(quantized, decoded))
         reconstructions = self._blacken(ops.cast(decoded, "float32"), self.background(images, len(self.grids) - 1))
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
 
@@ -243,11 +241,7 @@ class VQVAE(keras.Model):
 
     def _blacken(self, decoded: Tensor, background: Tensor) -> Tensor:
         """Set the pixels (B, H, W, 1) of cells of the finest grid that are background, (B, h, w) bool, to zero."""
-        if self.background_threshold is None:
-            return decoded
-        side = self.image_size // self.grids[-1]
-        background = ops.repeat(ops.repeat(background[..., None], side, axis=1), side, axis=2)
-        return ops.where(background, 0.0, decoded)
+        return decoded if self.background_threshold is None else blacken(decoded, background)
 
     def _drop_bottom(self, quantized: Tensor) -> Tensor:
         """Replace the vectors (B, h, w, D) of random images by the mean of all vectors of the batch."""
@@ -287,10 +281,10 @@ class VQVAE(keras.Model):
         """
         decoded, codes = None, []
         for level, features in enumerate(self.features(images)):
-            vectors = self.projections[level](_concatenate(features, decoded))
+            vectors = self.projections[level](concatenate(features, decoded))
             codes.append(self.quantizers[level].nearest(vectors, self.background(images, level)))
             if level + 1 < len(self.grids):  # only the finer levels need what this one decodes
-                decoded = self.decoders[level](_concatenate(self.quantizers[level].lookup(codes[-1]), decoded))
+                decoded = self.decoders[level](concatenate(self.quantizers[level].lookup(codes[-1]), decoded))
         return codes
 
     def decode(self, quantized: Sequence[Tensor]) -> Tensor:
@@ -304,7 +298,7 @@ class VQVAE(keras.Model):
         """
         decoded = None
         for decoder, vectors in zip(self.decoders, quantized, strict=True):
-            decoded = decoder(_concatenate(vectors, decoded))
+            decoded = decoder(concatenate(vectors, decoded))
         return ops.clip(self._blacken(ops.cast(decoded, "float32"), ops.all(quantized[-1] == 0, axis=-1)), 0, 1)
 
     def decode_code(self, codes: Sequence[Tensor]) -> Tensor:
@@ -350,9 +344,35 @@ class VQVAE(keras.Model):
         return {**self.settings, "name": self.name}
 
 
-def _concatenate(features: Tensor, decoded: Tensor | None) -> Tensor:
+def concatenate(features: Tensor, decoded: Tensor | None) -> Tensor:
     """Concatenate features with the output of the coarser level's decoder, if there is one, along the channels."""
     return features if decoded is None else ops.concatenate([features, ops.cast(decoded, features.dtype)], axis=-1)
+
+
+def blacken(images: Tensor, background: Tensor) -> Tensor:
+    """Set the pixels of images (B, H, W, 1) to zero whose cells of a grid are background, (B, h, w) bool."""
+    side = images.shape[1] // background.shape[1]
+    background = ops.repeat(ops.repeat(background[..., None], side, axis=1), side, axis=2)
+    return ops.where(background, 0.0, images)
+
+
+def make_decoder(
+    image_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
+) -> keras.Sequential:
+    """Return the untrained decoder of a level; see `VQVAE`. Level 0 is the coarsest, and the last decodes images."""
+    widths, blocks = _widths_and_blocks(image_size, grids, channels, residual_blocks, level)
+    output_channels = 1 if level == len(grids) - 1 else 2 * channels
+    return _decoder(widths, blocks, output_channels, f"{level_prefixes(len(grids))[level]}decoder")
+
+
+def _widths_and_blocks(
+    image_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
+) -> tuple[list[int], list[int]]:
+    """Return the number of channels and of residual blocks after each halving of a level's encoder."""
+    finer = [*grids[1:], image_size][level]
+    halvings = int(math.log2(finer // grids[level]))
+    widths = [channels if finer == image_size and i == 0 else 2 * channels for i in range(halvings)]
+    return widths, [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
 
 
 def _encoder(widths: list[int], blocks: list[int], name: str) -> keras.Sequential:
@@ -525,9 +545,6 @@ class PixelCNN(keras.Model):
     def condition(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features that every block is conditioned on.
 
-        Positions are encoded as sines and cosines (Vaswani et al. 2017, section 3.5). Neighbouring slices therefore
-        have similar features, and positions that are rare in the training data need no embedding of their own.
-
         Args:
             inputs: "positions", slice positions (B,), ignored if `use_position` is off; for a bottom prior "coarse",
                 codes of the coarser level (B, h', w') int32; and, for augmented images, "augmentation", the parameters
@@ -536,9 +553,7 @@ class PixelCNN(keras.Model):
         Returns:
             (B, 1, 1, filters), or (B, h, w, filters) with coarse codes.
         """
-        wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 to 402 slices
-        angles = ops.cast(inputs["positions"], "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
-        waves = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)  # (B, 12)
+        waves = position_features(inputs["positions"])
         waves = waves if self.use_position else ops.zeros_like(waves)
         augmentation = inputs.get("augmentation")
         if augmentation is None:

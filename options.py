@@ -25,7 +25,15 @@ Config = TypeVar("Config", bound=Any)
 
 RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
-SAMPLING_FIELDS = ("num_samples", "measured_slices", "sample_positions", "temperature", "top_k", "top_p")
+SAMPLING_FIELDS = (
+    "num_samples",
+    "measured_slices",
+    "sharp_samples",
+    "sample_positions",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 MAX_ATTENTION_BYTES = 4e9  # Of all attention layers of a prior, in training.
 PATH_FIELDS = ("data_dir", "start_from")  # May change; what is there is compared by its checksum.
 
@@ -47,6 +55,7 @@ _EARLIER_WORK = {
     "prior_attention": 0,
     "bottom_prior_attention": 0,
     "prior_augment": False,
+    "decoder_epochs": 0,
     "l1_weight": 0.0,
     "ssim_weight": 0.0,
 }
@@ -251,11 +260,11 @@ def check(config: Any) -> None:
         require(name, lambda v: v >= 1, "at least 1")
     for name in ("prior_filters", "bottom_prior_filters"):
         require(name, lambda v: v >= 2, "at least 2")
-    for name in ("vqvae_learning_rate", "prior_learning_rate", "temperature"):
+    for name in ("vqvae_learning_rate", "prior_learning_rate", "decoder_learning_rate", "temperature"):
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
-    for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
+    for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight", "adversarial_weight"):
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
-    for name in ("seed", "residual_blocks", "top_k", "process_index"):
+    for name in ("seed", "residual_blocks", "decoder_epochs", "top_k", "process_index"):
         require(name, lambda v: v >= 0, "0 or more")
     require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
     for name in ("prior_attention", "bottom_prior_attention"):

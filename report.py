@@ -10,11 +10,11 @@ import jinja2
 
 import comparison
 import console
-import plots
+import pictures
 from generator import Results
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-LEADING_PICTURES = 3  # The first pictures of `plots.PICTURES` stand above the findings, the others at the end.
+LEADING_PICTURES = 3  # The first pictures of `pictures.PICTURES` stand above the findings, the others at the end.
 
 # Key in metrics.json, name, how to read it, and the key in `comparison.failed_controls`, if it has controls.
 SAMPLE_ROWS = (
@@ -126,13 +126,13 @@ def write(path: Path, name: str, constants: dict[str, Any], results: Results) ->
     )
     environment.filters.update(number=_number, interval=_interval)
     images = path.parent / "images"
-    pictures = [
+    shown = [
         {
             "title": picture.name.replace("_", " "),
             "caption": picture.caption,
             "data": base64.b64encode((images / f"{picture.name}.png").read_bytes()).decode(),
         }
-        for picture in plots.pictures(len(constants["grids"]))
+        for picture in pictures.of_run(len(constants["grids"]), results.generator.decoder is not None)
     ]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,
@@ -142,8 +142,8 @@ def write(path: Path, name: str, constants: dict[str, Any], results: Results) ->
         sample_rows=SAMPLE_ROWS,
         control_columns=CONTROL_COLUMNS,
         control_descriptions=comparison.CONTROLS,
-        leading_pictures=pictures[:LEADING_PICTURES],
-        other_pictures=pictures[LEADING_PICTURES:],
+        leading_pictures=shown[:LEADING_PICTURES],
+        other_pictures=shown[LEADING_PICTURES:],
         grids=" and ".join(f"{grid}\u00a0×\u00a0{grid}" for grid in constants["grids"]),
         epochs=Counter(row["stage"].replace("vqvae", "VQ-VAE").replace("_", " ") for row in results.history),
         note=results.note,

@@ -14,6 +14,7 @@ import devices
 import model
 import pngs
 import seeds
+import sharp
 from generator import Generator
 from training import Stage
 
@@ -24,12 +25,20 @@ Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 pe
 
 
 def makers(config: Any) -> dict[str, Callable[[], keras.Model]]:
-    """Functions that make the untrained networks of a run, by name, in the order of training."""
+    """Functions that make the untrained networks of a run, by name, except for the sharp decoder.
+
+    The sharp decoder always begins as a copy of the VQ-VAE's.
+    """
     num_levels = len(config.grids)
     found: dict[str, Callable[[], keras.Model]] = {"vqvae": lambda: make_vqvae(config, data_variance=1.0)}
     for make, names in ((make_prior, model.prior_names(num_levels)), (make_critic, model.critic_names(num_levels))):
         found |= {name: functools.partial(make, config, level) for level, name in enumerate(names)}
     return found
+
+
+def names(config: Any) -> list[str]:
+    """Names of all networks of a run."""
+    return [*makers(config), *(["decoder"] if config.decoder_epochs else [])]
 
 
 def make_vqvae(config: Any, data_variance: float) -> model.VQVAE:
@@ -85,6 +94,18 @@ def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior
     )
 
 
+def make_decoder_tuning(config: Any, vqvae: model.VQVAE, steps: int) -> sharp.DecoderTuning:
+    """What trains the sharp decoder of a VQ-VAE: the untrained decoder and its discriminator."""
+    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the sharp decoder"))
+    return sharp.DecoderTuning(
+        sharp.SharpDecoder.untrained(vqvae),
+        sharp.Discriminator(config.image_size),
+        config.decoder_epochs * steps,
+        config.adversarial_weight,
+        config.seed,
+    )
+
+
 # ----------------------------------------------------------------------------------------------- training
 
 
@@ -135,14 +156,14 @@ def prior_stage(
         else:
             drawn = inputs(codes["train"], train.positions)
         order = seeds.number(config.seed, names[level])
-        return dataset.code_batches(drawn, config.batch_size, order, epoch, shard)
+        return dataset.input_batches(drawn, "codes", config.batch_size, order, epoch, shard)
 
     validation = inputs(codes["validate"], slices["validate"].positions)
     return Stage(
         name=names[level],
         make=lambda: make_critic(config, level) if critic else make_prior(config, level),
         batches=batches,
-        validation=dataset.code_batches(validation, config.batch_size, shard=shard),
+        validation=dataset.input_batches(validation, "codes", config.batch_size, shard=shard),
         steps=dataset.steps_per_epoch(len(train), config.batch_size),
         monitor="val_loss",
         epochs=critic_epochs(config) if critic else config.prior_epochs,
@@ -150,4 +171,56 @@ def prior_stage(
         made_from=("slices", "vqvae.keras"),
         shown=("bits_per_code",),
         learning_rate_option="prior_learning_rate",
+    )
+
+
+def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
+    """How the sharp decoder is trained: on codes of training slices, and on as many drawn from the prior.
+
+    In each epoch a random half of the training slices is decoded from their codes. For the other half, codes drawn at
+    the same slice positions are decoded. They are drawn once, when they are first needed.
+    """
+    shard, train = devices.process_index_and_count(), slices["train"]
+    steps = dataset.steps_per_epoch(len(train), config.batch_size)
+
+    @functools.cache
+    def drawn() -> tuple[list[np.ndarray], np.ndarray]:
+        sampled = generator.sample_codes(train.positions, config.seed, purpose="training of the decoder")
+        return sampled, (generator.decode(sampled) * 255).round().astype(np.uint8)
+
+    def inputs(
+        codes: list[np.ndarray], targets: np.ndarray, is_drawn: np.ndarray, split: dataset.Slices
+    ) -> dict[str, np.ndarray]:
+        named = {"positions": split.positions, "images": split.images, "targets": targets}
+        levels = {f"codes_{level}": indices for level, indices in enumerate(codes)}
+        return {**named, "drawn": is_drawn.astype(np.float32), **levels}
+
+    def batches(epoch: int) -> Any:
+        sampled, decoded = drawn()
+        is_drawn = seeds.generator(config.seed, "slices with drawn codes", epoch).random(len(train)) < 0.5
+
+        def choose(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return np.where(is_drawn.reshape(-1, *[1] * (first.ndim - 1)), first, second)
+
+        chosen = [choose(own, other) for own, other in zip(sampled, codes["train"], strict=True)]
+        named = inputs(chosen, choose(decoded, train.images), is_drawn, train)
+        order = seeds.number(config.seed, "decoder")
+        return dataset.input_batches(named, "positions", config.batch_size, order, epoch, shard)
+
+    validate = slices["validate"]
+    unseen = inputs(codes["validate"], validate.images, np.zeros(len(validate)), validate)
+    return Stage(
+        name="decoder",
+        make=lambda: make_decoder_tuning(config, generator.vqvae, steps),
+        batches=batches,
+        validation=dataset.input_batches(unseen, "positions", config.batch_size, shard=shard),
+        steps=steps,
+        monitor=None,  # The decoder gets sharper to the end, and no term of its loss says so.
+        epochs=config.decoder_epochs,
+        learning_rate=config.decoder_learning_rate,
+        beta_1=0.5,
+        part=lambda network: network.decoder,
+        made_from=("slices", "vqvae.keras", *(f"{name}.keras" for name in model.prior_names(len(config.grids)))),
+        shown=("agreement", "discriminator"),
+        learning_rate_option="decoder_learning_rate",
     )

@@ -40,9 +40,11 @@ class Stage:
         batches: Returns the training batches of an epoch, counted from 0, this process's shard of each.
         validation: This process's shard of the validation batches.
         steps: Number of training batches per epoch.
-        monitor: Name of the validation metric that decides which epoch is best; lower is better.
+        monitor: Name of the validation metric that decides which epoch is best; lower is better. None keeps the last.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
+        beta_1: Decay rate of Adam's average of the gradients.
+        part: Returns the part of the network that is saved and used; the rest is needed in training only.
         made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
         shown: Names of the metrics in the line that is printed per epoch.
         learning_rate_option: Name of the constant that sets the learning rate, for messages.
@@ -53,9 +55,11 @@ class Stage:
     batches: Callable[[int], tf.data.Dataset]
     validation: tf.data.Dataset
     steps: int
-    monitor: str
+    monitor: str | None
     epochs: int
     learning_rate: float
+    beta_1: float = 0.9
+    part: Callable[[keras.Model], keras.Model] = lambda network: network
     made_from: Sequence[str] = ("slices",)
     shown: Sequence[str] = ("loss",)
     learning_rate_option: str = "learning_rate"
@@ -80,23 +84,24 @@ def train(
         start_from: Folder of the network whose weights training begins with, if `Run.start` was given its checksum.
 
     Returns:
-        The network with the weights of its best epoch.
+        The network, or the part of it that is used, with the weights of its best epoch.
 
     Raises:
         RunError: A file of the run folder or the network to start from cannot be used, or the loss is not finite.
     """
     network, file = stage.make(), f"{stage.name}.keras"
+    kept = stage.part(network)
     initial = f"start_from/{file}"
     made_from = [*stage.made_from, *([initial] if run and initial in run.facts else [])]
     if devices.broadcast_from_main(run is not None and run.is_up_to_date(file, made_from)):
         if run:
-            load_weights(network, run.folder / file)
-        network.set_weights(devices.broadcast_from_main(network.get_weights()))
-        return network
+            load_weights(kept, run.folder / file)
+        kept.set_weights(devices.broadcast_from_main(kept.get_weights()))
+        return kept
     with devices.distribution_scope(num_devices):
         with dtype_policy(precision):
             trained = stage.make()
-        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
+        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps, stage.beta_1))
         checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from)
         epochs_done = checkpoint.restore(trained)
         if run and epochs_done < stage.epochs:
@@ -114,9 +119,9 @@ def train(
     network.set_weights(checkpoint.best_weights)
     print(f"best epoch: {checkpoint.counters['best_epoch']}")
     if run:
-        save_model(network, run.folder / file)
+        save_model(kept, run.folder / file)
         run.record([file], made_from, history=run.history_checksum(stage.name))
-    return network
+    return kept
 
 
 def fit(network: keras.Model, stage: Stage, epochs_done: int, callbacks: Sequence[keras.callbacks.Callback]) -> None:
@@ -210,19 +215,20 @@ def dtype_policy(name: str) -> Iterator[None]:
         keras.config.set_dtype_policy("float32")
 
 
-def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
+def make_optimizer(learning_rate: float, epochs: int, steps: int, beta_1: float = 0.9) -> keras.optimizers.Optimizer:
     """Adam whose learning rate rises over the first steps and then falls to 0 along a cosine.
 
     Args:
         learning_rate: Peak of the learning rate.
         epochs: Number of epochs after which it reaches 0.
         steps: Number of steps per epoch.
+        beta_1: Decay rate of the average of the gradients.
     """
     warmup = min(steps, 20)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(epochs * steps - warmup, 1), warmup_target=learning_rate, warmup_steps=warmup
     )
-    return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
+    return keras.optimizers.Adam(schedule, beta_1=beta_1, global_clipnorm=1.0)
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -340,7 +346,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
     Args:
         run: The run; None in a process that does not write files and gets the state from the main process.
         stage: Name of the stage.
-        monitor: Name of the metric to judge by; lower is better.
+        monitor: Name of the metric to judge by; lower is better. None prefers every epoch to those before it.
         made_from: Names of the results and facts that the network is made from. Checkpoints of a network that was
             made from others are not used.
 
@@ -350,7 +356,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         best_weights: Weights of the best epoch, None before the first one.
     """
 
-    def __init__(self, run: Run | None, stage: str, monitor: str, made_from: Sequence[str] = ()) -> None:
+    def __init__(self, run: Run | None, stage: str, monitor: str | None, made_from: Sequence[str] = ()) -> None:
         super().__init__()
         self.run, self.stage, self.monitor = run, stage, monitor
         self.inputs = run.checksums(made_from) if run else {}
@@ -410,7 +416,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         return weights | {f"optimizer_{i:03d}": variable for i, variable in enumerate(network.optimizer.variables)}
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        value = float((logs or {})[self.monitor])
+        value = float((logs or {})[self.monitor]) if self.monitor else -float(epoch)
         self.counters["epoch"] = epoch + 1
         if value < self.counters["best"]:
             self.counters |= {"best": value, "best_epoch": epoch + 1}
@@ -437,7 +443,10 @@ class CSVHistory(keras.callbacks.Callback):
     """
 
     # Columns in this order; with two levels, a level's name precedes some of them, as in top_codebook.
-    ORDER = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
+    ORDER = (
+        *("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code"),
+        *("agreement", "pixel", "feature", "adversarial", "discriminator", "real_logit", "fake_logit"),
+    )
 
     def __init__(self, run: Run, stage: str) -> None:
         super().__init__()
@@ -545,7 +554,9 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
         self._check((logs or {})["loss"], f"in epoch {self.epoch + 1}")
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        self._check((logs or {})[self.checkpoint.monitor], f"on the validation split after epoch {epoch + 1}")
+        self._check(
+            (logs or {})[self.checkpoint.monitor or "val_loss"], f"on the validation split after epoch {epoch + 1}"
+        )
 
     def _check(self, loss: float, when: str) -> None:
         if np.isfinite(loss):

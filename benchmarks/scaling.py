@@ -125,7 +125,9 @@ def measure_training(changes: dict[str, Any], steps: int) -> dict[str, Any]:
         ),
         "prior": (
             lambda: stages.make_prior(config),
-            dataset.code_batches({"codes": codes, "positions": slices.positions}, config.batch_size, config.seed),
+            dataset.input_batches(
+                {"codes": codes, "positions": slices.positions}, "codes", config.batch_size, config.seed
+            ),
         ),
     }
     row: dict[str, Any] = {"where": devices.describe(config.devices)}

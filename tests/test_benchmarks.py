@@ -124,7 +124,7 @@ def test_soft_targets_favour_the_nearest_codes():
 def test_input_noise_replaces_inputs_but_not_targets():
     codes = np.zeros((64, 4, 4), np.int32)
     variant = priors.Variant(driver.Config(), lambda: None, input_noise=0.25)
-    batches = priors.add_noise(variant, lambda epoch: dataset.code_batches({"codes": codes}, 64), 0)
+    batches = priors.add_noise(variant, lambda epoch: dataset.input_batches({"codes": codes}, "codes", 64), 0)
     ((inputs, targets),) = batches
     assert 0.15 < np.mean(inputs["codes"] != 0) < 0.35
     np.testing.assert_array_equal(targets, codes)

@@ -425,11 +425,11 @@ def test_the_shards_of_a_batch_make_up_the_whole():
             np.testing.assert_array_equal(tensor, np.concatenate(halves))
 
 
-def test_code_batches_pair_codes_with_positions_and_targets():
+def test_input_batches_pair_codes_with_positions_and_targets():
     codes = np.arange(24, dtype=np.int32).reshape(6, 2, 2)
     positions = np.arange(6, dtype=np.int32)
     conditioning = {"positions": positions, "coarse": codes[:, :1, :1]}
-    inputs, targets = next(iter(dataset.code_batches({**conditioning, "codes": codes}, 4, seed=0)))
+    inputs, targets = next(iter(dataset.input_batches({**conditioning, "codes": codes}, "codes", 4, seed=0)))
     assert inputs.keys() == {"codes", "positions", "coarse"}
     np.testing.assert_array_equal(inputs["codes"], targets)
     np.testing.assert_array_equal(targets[:, 0, 0], inputs["positions"].numpy() * 4)

@@ -1,0 +1,296 @@
+"""The pictures of a run: one list of them, and how each is made from the results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import metrics
+import model
+import plots
+from dataset import to_float
+from generator import Generator, Results
+from plots import History
+
+NUM_NOISES = 8  # Images that are drawn from the same codes.
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a run.
+
+    Attributes:
+        name: Its file is images/NAME.png.
+        draw: Writes the PNG, given its path and the results of the run.
+        caption: What it shows and how to read it.
+        min_levels: Number of levels of codes that a run must have for the picture to make sense.
+        needs_sharp_decoder: Whether it makes sense only with a sharp decoder.
+    """
+
+    name: str
+    draw: Callable[[Path, Results], None]
+    caption: str
+    min_levels: int = 1
+    needs_sharp_decoder: bool = False
+
+
+def of_run(num_levels: int, is_sharp: bool) -> tuple[Picture, ...]:
+    """Return the pictures of a run with this number of levels, with or without a sharp decoder, as in the report."""
+    return tuple(
+        picture
+        for picture in PICTURES
+        if picture.min_levels <= num_levels and (is_sharp or not picture.needs_sharp_decoder)
+    )
+
+
+def _shown(results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Choose up to ten test slices, spread over the positions: indices, images (N, H, W, 1) and labels."""
+    test = results.slices["test"]
+    ranks = np.unique(np.linspace(0, len(test) - 1, min(10, len(test))).astype(int))
+    index = np.argsort(test.positions, kind="stable")[ranks]
+    return index, to_float(test.images[index]), [f"slice {position}" for position in test.positions[index]]
+
+
+def _history(results: Results, stage: str) -> History:
+    return [row for row in results.history if row["stage"] == stage]
+
+
+def _embeddings(generator: Generator) -> list[np.ndarray]:
+    return [keras.ops.convert_to_numpy(quantizer.embeddings) for quantizer in generator.vqvae.quantizers]
+
+
+def _draw_samples_by_position(path: Path, results: Results) -> None:
+    test, positions, rows = results.slices["test"], np.unique(results.slices["train"].positions), 4
+    chosen = positions[np.unique(np.linspace(0, len(positions) - 1, 8).astype(int))]
+    nearest = [int(np.argmin(np.abs(test.positions - position))) for position in chosen]
+    images = results.generator.sample(np.repeat(chosen, rows), **results.sampling, purpose="samples by position")
+    images = images.reshape(len(chosen), rows, *images.shape[1:])
+    plots.samples_by_position(path, to_float(test.images[nearest]), images, chosen, results.note)
+
+
+def _draw_samples(path: Path, results: Results) -> None:
+    plots.samples(path, results.samples.images, results.samples.positions, results.note)
+
+
+def _draw_reconstructions(path: Path, results: Results) -> None:
+    index, originals, labels = _shown(results)
+    plots.reconstructions(path, originals, results.reconstructions["test"][index], labels, results.note)
+
+
+def _draw_worst_reconstructions(path: Path, results: Results) -> None:
+    rows = results.numbers["worst_slices"]
+    index = [row["index"] for row in rows]
+    quality = ["no brain" if row["ssim_brain"] is None else f"brain SSIM {row['ssim_brain']:.2f}" for row in rows]
+    labels = [f"{row['subject']} slice {row['position']}\n{text}" for row, text in zip(rows, quality, strict=True)]
+    originals, decoded = to_float(results.slices["test"].images[index]), results.reconstructions["test"][index]
+    title = f"The {len(rows)} test slices with the lowest SSIM over the brain"
+    plots.reconstructions(path, originals, decoded, labels, results.note, title)
+
+
+def _draw_quality_by_position(path: Path, results: Results) -> None:
+    plots.quality_by_position(path, results.numbers["by_position"], results.note)
+
+
+def _draw_power_spectrum(path: Path, results: Results) -> None:
+    sets = {
+        "test slices": to_float(results.slices["test"].images),
+        "their reconstructions": results.reconstructions["test"],
+        "generated slices": results.compared_samples["test"].images,
+    }
+    if results.sharp_reconstructions is not None:
+        sets["sharp reconstructions"] = results.sharp_reconstructions
+        sets["generated slices, faithful decoder"] = results.generator.decode(results.compared_samples["test"].codes)
+    spectra = {name: metrics.power_spectrum(images) for name, images in sets.items()}
+    half_power = metrics.half_power_frequency(spectra["test slices"], spectra["their reconstructions"])
+    plots.power_spectrum(path, spectra, half_power, results.note)
+
+
+def _draw_nearest_training_slices(path: Path, results: Results) -> None:
+    rows, compared = results.numbers["samples"]["nearest_to_training"], results.compared_samples["test"]
+    labels = [f"slice {compared.positions[row['index']]}, RMSE {row['distance']:.3f}" for row in rows]
+    images = compared.images[[row["index"] for row in rows]]
+    nearest = to_float(results.slices["train"].images[[row["train_index"] for row in rows]])
+    plots.nearest_training_slices(path, images, nearest, labels, results.note)
+
+
+def _draw_codebook(path: Path, results: Results) -> None:
+    generator, decoded = results.generator, results.reconstructions["test"]
+    plots.codebook(path, results.codes["test"], decoded, generator.num_embeddings, generator.level_names, results.note)
+
+
+def _draw_codes(path: Path, results: Results) -> None:
+    index, originals, labels = _shown(results)
+    maps, generator = [indices[index] for indices in results.codes["test"]], results.generator
+    plots.codes(path, originals, maps, _embeddings(generator), generator.level_names, labels, results.note)
+
+
+def _draw_levels(path: Path, results: Results) -> None:
+    index, originals, labels = _shown(results)
+    names = results.generator.level_names
+    single = [_decode_single_level(results.generator, results.codes["test"], i, index) for i in range(len(names))]
+    plots.levels(path, originals, results.reconstructions["test"][index], single, names, labels, results.note)
+
+
+def _decode_single_level(generator: Generator, codes: list[np.ndarray], level: int, index: np.ndarray) -> np.ndarray:
+    """Decode one level's codes of the slices `index` (S,), with the other levels' replaced by their mean vector.
+
+    Returns:
+        (S, H, W, 1) float32 in [0, 1].
+    """
+    quantized = []
+    for i, (quantizer, embeddings, indices) in enumerate(
+        zip(generator.vqvae.quantizers, _embeddings(generator), codes, strict=True)
+    ):
+        if i == level:
+            quantized.append(quantizer.lookup(indices[index]))
+            continue
+        frequencies = np.bincount(indices.ravel(), minlength=len(embeddings)) / indices.size
+        mean = (frequencies @ embeddings).astype(np.float32)
+        quantized.append(np.broadcast_to(mean, (len(index), *indices.shape[1:], len(mean))))
+    decoded = keras.ops.convert_to_numpy(generator.vqvae.decode(quantized))
+    if not generator.background_code:
+        return decoded
+    side = decoded.shape[1] // codes[-1].shape[1]  # The decoder is not trained on cells of the background.
+    return np.where(np.kron(codes[-1][index] == 0, np.ones((1, side, side), bool))[..., None], 0, decoded)
+
+
+def _draw_code_usage(path: Path, results: Results) -> None:
+    generator, history = results.generator, _history(results, "vqvae")
+    plots.code_usage(path, history, generator.level_names, _codes_in_use(generator), results.note)
+
+
+def _codes_in_use(generator: Generator) -> int:
+    """Number of codes of each codebook without the one that is reserved for background."""
+    return generator.num_embeddings - generator.background_code
+
+
+def _draw_ssim(path: Path, results: Results) -> None:
+    plots.ssim(path, _history(results, "vqvae"), results.note)
+
+
+def _draw_vqvae_loss(path: Path, results: Results) -> None:
+    plots.vqvae_loss(path, _history(results, "vqvae"), results.generator.level_names, results.note)
+
+
+def _draw_decoder_loss(path: Path, results: Results) -> None:
+    plots.decoder_loss(path, _history(results, "decoder"), results.note)
+
+
+def _draw_sharp_reconstructions(path: Path, results: Results) -> None:
+    assert results.sharp_reconstructions is not None
+    index, originals, labels = _shown(results)
+    sets = {
+        "original": originals,
+        "faithful": results.reconstructions["test"][index],
+        "sharp": results.sharp_reconstructions[index],
+    }
+    title = "Test slices, and what both decoders make of their codes"
+    plots.comparison(path, sets, labels, title, results.note)
+
+
+def _draw_invented_detail(path: Path, results: Results) -> None:
+    index, originals, labels = _shown(results)
+    chosen = index[:: max(1, len(index) // 3)][:3]
+    drawn = [
+        results.generator.draw([np.repeat(level[i : i + 1], NUM_NOISES, axis=0) for level in results.codes["test"]])
+        for i in chosen
+    ]
+    originals, labels = to_float(results.slices["test"].images[chosen]), [labels[list(index).index(i)] for i in chosen]
+    plots.invented_detail(path, originals, np.stack(drawn), labels, results.note)
+
+
+def _draw_prior_loss(path: Path, results: Results) -> None:
+    names = model.prior_names(len(results.generator.level_names))
+    histories = {name: _history(results, name) for name in names}
+    plots.prior_loss(path, histories, results.generator.num_embeddings, results.note)
+
+
+PICTURES = (
+    Picture(
+        "samples_by_position",
+        _draw_samples_by_position,
+        "Top row: real slices of subjects that the model has never seen. Below: four generated slices at each of "
+        "these slice positions.",
+    ),
+    Picture("samples", _draw_samples, "The generated slices in the folder samples/."),
+    Picture(
+        "reconstructions",
+        _draw_reconstructions,
+        "Slices of unseen subjects, their reconstructions from the codes, and the errors (red: too bright, blue: too "
+        "dark).",
+    ),
+    Picture(
+        "sharp_reconstructions",
+        _draw_sharp_reconstructions,
+        "Slices of unseen subjects, decoded from their codes by the VQ-VAE (faithful) and by the sharp decoder, whose "
+        "fine folds are plausible, not true.",
+        needs_sharp_decoder=True,
+    ),
+    Picture(
+        "invented_detail",
+        _draw_invented_detail,
+        "The codes of a slice, decoded by the sharp decoder with different noise, and the standard deviation of each "
+        "pixel: bright where the codes leave open what the decoder draws.",
+        needs_sharp_decoder=True,
+    ),
+    Picture(
+        "worst_reconstructions",
+        _draw_worst_reconstructions,
+        "The ten test slices with the lowest SSIM over the brain, worst first.",
+    ),
+    Picture(
+        "quality_by_position",
+        _draw_quality_by_position,
+        "Quality of the reconstructions from the lowest slice position to the highest.",
+    ),
+    Picture(
+        "power_spectrum",
+        _draw_power_spectrum,
+        "Fine details are on the right. If a curve is below that of the real slices, the images are blurred at this "
+        "frequency; if it is above, they are noisy.",
+    ),
+    Picture(
+        "nearest_training_slices",
+        _draw_nearest_training_slices,
+        "The ten generated slices that are closest to a training slice, above that slice, with their root mean square "
+        "error (RMSE). If the model copied its training data, the two rows would be identical.",
+    ),
+    Picture(
+        "codebook",
+        _draw_codebook,
+        "Decoded pixels around each code, averaged over its occurrences in the test split, the most frequent code "
+        "first. Without a code reserved for the background, the codes there can carry information about distant "
+        "regions.",
+    ),
+    Picture(
+        "codes",
+        _draw_codes,
+        "Test slices and their code maps. The colours show the first three principal components of the codebook "
+        "vectors, so similar codes have similar colours.",
+    ),
+    Picture(
+        "levels",
+        _draw_levels,
+        "What each level of codes contains: images decoded from one level, with the codes of the other level replaced "
+        "by the mean of their vectors.",
+        min_levels=2,
+    ),
+    Picture("code_usage", _draw_code_usage, "Fraction of the codes that are used, and their perplexity, by epoch."),
+    Picture("ssim", _draw_ssim, "SSIM of the reconstructions by epoch."),
+    Picture("vqvae_loss", _draw_vqvae_loss, "Terms of the VQ-VAE's loss by epoch."),
+    Picture(
+        "prior_loss",
+        _draw_prior_loss,
+        "Loss of the prior by epoch. If the validation loss rises while the training loss falls, the prior overfits. "
+        "The epoch with the lowest validation loss is kept.",
+    ),
+    Picture(
+        "decoder_loss",
+        _draw_decoder_loss,
+        "Training of the sharp decoder by epoch. If the discriminator rates training slices much higher than "
+        "validation slices, it has memorised them.",
+        needs_sharp_decoder=True,
+    ),
+)

@@ -1,0 +1,374 @@
+"""The sharp decoder: it draws the detail that codes do not determine, taught by a discriminator.
+
+A grid of codes cannot say where each fold lies. A decoder that is trained to be right on average therefore blurs them.
+The sharp decoder is a copy of the VQ-VAE's that also reads noise, and draws one plausible image among those that the
+codes allow. Encoder, codebook and prior stay as they are, so codes and their likelihoods remain valid.
+
+References:
+    Goodfellow et al. 2014, "Generative Adversarial Nets"
+    Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (patch discriminator)
+    Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks"
+    Miyato & Koyama 2018, "cGANs with Projection Discriminator"
+    Karras et al. 2019, "A Style-Based Generator Architecture for Generative Adversarial Networks" (noise inputs)
+    Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis" (VQ-GAN)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+import model
+import seeds
+from layers import PACKAGE, Tensor, gaussian_matrix, position_features, replica_index_and_count
+
+NEGATIVE_SLOPE = 0.2  # Of the discriminator's leaky ReLUs.
+BLUR_SIGMA = 2.0  # Of the Gaussian below which images must agree with their targets, in pixels.
+MAX_SHIFT = 4  # Of the images that the discriminator sees, in pixels.
+ALONE, RAMP = 0.1, 0.2  # Fractions of the training in which the discriminator trains alone, and gains its full weight.
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class SharpDecoder(keras.Model):
+    """Decodes code indices and noise to images.
+
+    It has the layers of the VQ-VAE's decoders and begins with their weights. After each upsampling, noise is added to
+    every channel with a weight of its own (Karras et al. 2019), and a few convolutions at full resolution add detail to
+    the decoded image. Both additions begin at zero: an untrained sharp decoder equals the VQ-VAE's. With two levels,
+    only the decoder that outputs images is trained.
+
+    Args:
+        image_size, grids, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
+        background_code: Whether cells of the finest grid with code 0 are decoded to black.
+        detail_channels: Number of channels of the convolutions at full resolution.
+
+    Example: For images of 96 × 96 pixels and grids (12,):
+
+        model({"codes_0": codes, "noise": noise})  (B, 12, 12) int32, (B, 96, 96, 1) -> (B, 96, 96, 1) float32
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        grids: Sequence[int],
+        channels: int,
+        residual_blocks: int,
+        num_embeddings: int,
+        embedding_dim: int,
+        background_code: bool,
+        detail_channels: int = 32,
+        name: str = "decoder",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name, **kwargs)
+        self.settings = {
+            "image_size": image_size,
+            "grids": list(grids),
+            "channels": channels,
+            "residual_blocks": residual_blocks,
+            "num_embeddings": num_embeddings,
+            "embedding_dim": embedding_dim,
+            "background_code": background_code,
+            "detail_channels": detail_channels,
+        }
+        self.image_size, self.grids, self.background_code = image_size, tuple(grids), background_code
+        self.codebooks, self.decoders = [], []
+        for level, prefix in enumerate(model.level_prefixes(len(grids))):
+            options = {"trainable": False, "name": f"{prefix}codebook"}
+            self.codebooks.append(keras.layers.Embedding(num_embeddings, embedding_dim, **options))
+            decoder = model.make_decoder(image_size, grids, channels, residual_blocks, level)
+            decoder.trainable = level == len(grids) - 1
+            self.decoders.append(decoder)
+        num_upsamplings = sum(isinstance(layer, keras.layers.Conv2DTranspose) for layer in self.decoders[-1].layers)
+        self.noises = [NoiseWeight(name=f"noise_{i}") for i in range(num_upsamplings - 1)]
+        convolution = {"kernel_size": 3, "padding": "same"}
+        self.detail = [
+            keras.layers.UpSampling2D(name="detail_up"),
+            keras.layers.Conv2D(detail_channels, **convolution, activation="relu", name="detail_0"),
+            NoiseWeight(name="detail_noise"),
+            keras.layers.Conv2D(detail_channels, **convolution, activation="relu", name="detail_1"),
+            keras.layers.Conv2D(1, **convolution, kernel_initializer="zeros", name="detail_2"),
+        ]
+        inputs = {f"codes_{level}": keras.Input((grid, grid), dtype="int32") for level, grid in enumerate(grids)}
+        self({**inputs, "noise": keras.Input((image_size, image_size, 1))})  # creates the weights
+
+    @classmethod
+    def untrained(cls, vqvae: model.VQVAE) -> "SharpDecoder":
+        """Return a sharp decoder that decodes as a VQ-VAE does. Uses the global random seed."""
+        names = ("image_size", "grids", "channels", "residual_blocks", "num_embeddings", "embedding_dim")
+        settings: dict[str, Any] = {name: vqvae.settings[name] for name in names}
+        decoder = cls(**settings, background_code=vqvae.background_threshold is not None)
+        for own, quantizer in zip(decoder.codebooks, vqvae.quantizers, strict=True):
+            own.set_weights([ops.convert_to_numpy(quantizer.embeddings)])
+        for own, other in zip(decoder.decoders, vqvae.decoders, strict=True):
+            own.set_weights(other.get_weights())
+        return decoder
+
+    def call(self, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor:
+        """Decode code indices and noise.
+
+        Args:
+            inputs: "codes_0", "codes_1", …: code indices (B, h, w) int32 per level, the coarsest first; "noise": (B, H,
+                W, 1), normally distributed with mean 0 and variance 1.
+            training: Whether to leave the output unclipped.
+
+        Returns:
+            Images (B, H, W, 1) float32, clipped to [0, 1] except in training.
+        """
+        decoded, noise = None, inputs["noise"]
+        for level, (codebook, decoder) in enumerate(zip(self.codebooks, self.decoders, strict=True)):
+            codes = inputs[f"codes_{level}"]
+            features = model.concatenate(codebook(codes), decoded)
+            decoded = self._draw(features, noise) if level == len(self.grids) - 1 else decoder(features)
+        images = ops.cast(decoded, "float32")
+        if self.background_code:
+            images = model.blacken(images, codes == 0)
+        return images if training else ops.clip(images, 0, 1)
+
+    def _draw(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Apply the decoder that outputs images, with noise, to features (B, h, w, C): (B, H, W, 1)."""
+        noises, layers = iter(self.noises), self.decoders[-1].layers
+        for layer in layers[:-1]:
+            features = layer(features)
+            if isinstance(layer, keras.layers.Conv2DTranspose):
+                features = next(noises)(features, noise)
+        detail = features
+        for layer in self.detail:
+            detail = layer(detail, noise) if isinstance(layer, NoiseWeight) else layer(detail)
+        return layers[-1](features) + detail
+
+    def get_config(self) -> dict[str, Any]:
+        return {**self.settings, "name": self.name}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class NoiseWeight(keras.layers.Layer):
+    """Adds noise to every channel, with a weight per channel that begins at zero (Karras et al. 2019, section 3.2)."""
+
+    def build(self, features_shape: Sequence[int | None], noise_shape: Sequence[int | None]) -> None:
+        self.weight = self.add_weight(shape=(features_shape[-1],), initializer="zeros", name="weight")
+
+    def call(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Features (B, h, w, C) and noise (B, H, W, 1), of which every (H / h)th pixel is used -> (B, h, w, C)."""
+        step = noise.shape[1] // features.shape[1]
+        return features + ops.cast(noise[:, ::step, ::step], features.dtype) * self.weight
+
+
+# ------------------------------------------------------------------------------------------- discriminator
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class SpectralConv2D(keras.layers.Conv2D):
+    """Convolution whose kernel, as a matrix, is divided by its largest singular value (Miyato et al. 2018).
+
+    One power iteration per call estimates the singular value. Its vector changes in training only.
+    """
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        super().build(input_shape)
+        self.vector = self.add_weight(
+            shape=(self.filters,), initializer="random_normal", trainable=False, aggregation="mean", name="vector"
+        )
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        matrix = ops.cast(ops.reshape(self.kernel, (-1, self.filters)), "float32")
+        fixed = ops.stop_gradient(matrix)
+        left = ops.normalize(fixed @ ops.cast(self.vector, "float32")[:, None], axis=0)
+        right = ops.normalize(ops.transpose(fixed) @ left, axis=0)
+        if training:
+            self.vector.assign(right[:, 0])
+        largest = ops.sum(left * (matrix @ right))
+        kernel = ops.cast(ops.reshape(matrix / largest, self.kernel.shape), inputs.dtype)
+        outputs = ops.conv(inputs, kernel, self.strides, self.padding)
+        return ops.leaky_relu(outputs + ops.cast(self.bias, outputs.dtype), NEGATIVE_SLOPE)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Discriminator(keras.Model):
+    """Judges how real the patches of images are, given the slice position.
+
+    Convolutions with spectral normalisation reduce the image eightfold. The logit of each patch is a linear function of
+    its features plus their product with features of the slice position (Miyato & Koyama 2018, equation 3).
+
+    Args:
+        image_size: Height and width of an image in pixels.
+        channels: Number of channels of the first convolution; the others have two and four times as many.
+    """
+
+    def __init__(self, image_size: int, channels: int = 32, name: str = "discriminator", **kwargs: Any) -> None:
+        super().__init__(name=name, **kwargs)
+        options = {"padding": "same", "kernel_initializer": "he_normal"}
+        layers = (
+            (channels, 4, 2),
+            (2 * channels, 4, 2),
+            (4 * channels, 3, 1),
+            (4 * channels, 4, 2),
+            (4 * channels, 3, 1),
+        )
+        self.convolutions = [
+            SpectralConv2D(width, kernel, stride, **options, name=f"convolution_{i}")
+            for i, (width, kernel, stride) in enumerate(layers)
+        ]
+        self.logit = keras.layers.Dense(1, dtype="float32", name="logit")
+        self.position = keras.layers.Dense(4 * channels, dtype="float32", name="position")
+        self((keras.Input((image_size, image_size, 1)), keras.Input((), dtype="int32")))  # creates the weights
+
+    def call(self, inputs: tuple[Tensor, Tensor], training: bool = False) -> list[Tensor]:
+        """Judge images.
+
+        Args:
+            inputs: Images (B, H, W, 1) in [0, 1] and slice positions (B,).
+            training: Whether the estimates of the singular values are updated.
+
+        Returns:
+            The features of each convolution, (B, h, w, C), and last the logits (B, H / 8, W / 8, 1) float32.
+        """
+        images, positions = inputs
+        features = [ops.cast(images, self.compute_dtype) * 2 - 1]
+        for convolution in self.convolutions:
+            features.append(convolution(features[-1], training=training))
+        last = ops.cast(features[-1], "float32")
+        condition = self.position(position_features(positions))[:, None, None]
+        return [*features[1:], self.logit(last) + ops.mean(last * condition, axis=-1, keepdims=True)]
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class DecoderTuning(keras.Model):
+    """Trains a sharp decoder against a discriminator, with the stock `fit` and one optimizer.
+
+    The discriminator minimises the hinge loss E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(c, n)))] of real slices x and
+    images G decoded from codes c and noise n. The decoder minimises
+
+        agreement_weight · |B(G(c, n)) − B(t)| + pixel_weight · |G(c, n) − t| + adversarial_weight · E[−D(G(c, n))]
+        + feature_weight · Σ_l |D_l(G(c, n)) − D_l(t)|
+
+    with B a Gaussian blur and D_l the features of the discriminator's layers. The target t of codes that an encoded
+    slice has is this slice. Codes drawn from the prior have no original: their target is the image that the VQ-VAE
+    decodes, which is right about large structures only, so that only the first and third terms count.
+
+    Both losses are one sum: the discriminator's does not reach the decoder, because it reads the images without their
+    gradient, and the decoder's does not reach the discriminator, whose weights it reads without theirs. At first the
+    discriminator trains alone, then the weight of what it teaches rises.
+
+    Args:
+        decoder: The sharp decoder.
+        discriminator: The discriminator.
+        total_steps: Number of training steps.
+        agreement_weight, pixel_weight, feature_weight, adversarial_weight: See above.
+        seed: Seed of noise and augmentation.
+    """
+
+    def __init__(
+        self,
+        decoder: SharpDecoder,
+        discriminator: Discriminator,
+        total_steps: int,
+        adversarial_weight: float = 0.01,
+        seed: int = 0,
+        agreement_weight: float = 10.0,
+        pixel_weight: float = 1.0,
+        feature_weight: float = 0.05,
+        name: str = "decoder_tuning",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name, **kwargs)
+        self.decoder, self.discriminator, self.total_steps = decoder, discriminator, total_steps
+        self.agreement_weight, self.pixel_weight = agreement_weight, pixel_weight
+        self.feature_weight, self.adversarial_weight = feature_weight, adversarial_weight
+        self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, "noise of the decoder"))
+        self.blur = gaussian_matrix(decoder.image_size, BLUR_SIGMA, int(3 * BLUR_SIGMA))
+        names = ("agreement", "pixel", "feature", "adversarial", "discriminator", "real_logit", "fake_logit")
+        self.means = {name: keras.metrics.Mean(name=name) for name in names}
+        self.built = True
+
+    def call(self, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor:
+        """Decode codes with new noise; see `SharpDecoder.call`."""
+        shape = (ops.shape(inputs["positions"])[0], *2 * [self.decoder.image_size], 1)
+        noise = keras.random.normal(shape, seed=self.seed_generator)
+        codes = {name: indices for name, indices in inputs.items() if name.startswith("codes_")}
+        return self.decoder({**codes, "noise": noise}, training=training)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Tensor = None,
+        sample_weight: Tensor = None,
+        training: bool = True,
+    ) -> Tensor:
+        """Return the sum of both losses, a scalar, and update the metrics.
+
+        Args:
+            x: "positions", slice positions (B,); "images", real slices (B, H, W, 1) uint8; "targets", (B, H, W, 1)
+                uint8; "drawn", (B,), 1 if the codes are drawn from the prior, 0 if they are those of the target; and
+                the codes that `call` reads.
+            y: Ignored.
+            y_pred: Decoded images (B, H, W, 1).
+            sample_weight, training: Ignored.
+        """
+        real, target = (ops.cast(x[name], "float32") / 255 for name in ("images", "targets"))
+        encoded = 1 - ops.cast(x["drawn"], "float32")[:, None, None, None]
+        fake = y_pred + ops.stop_gradient(ops.clip(y_pred, 0, 1) - y_pred)  # what is shown, with a gradient everywhere
+        real, seen, target_seen = self._augment(real, fake, target)
+
+        real_logits = self.discriminator((real, x["positions"]), training=training)[-1]
+        fake_logits = self.discriminator((ops.stop_gradient(seen), x["positions"]), training=training)[-1]
+        discriminator = ops.mean(ops.relu(1 - real_logits)) + ops.mean(ops.relu(1 + fake_logits))
+
+        features, wanted = self._features(seen, x["positions"]), self._features(target_seen, x["positions"])
+        terms = {
+            "agreement": ops.mean(ops.abs(self._blur(y_pred - target))),
+            "pixel": ops.mean(encoded * ops.abs(y_pred - target)),
+            "feature": sum(
+                ops.mean(encoded * ops.cast(ops.abs(own - ops.stop_gradient(other)), "float32"))
+                for own, other in zip(features[:-1], wanted[:-1], strict=True)
+            ),
+            "adversarial": -ops.mean(features[-1]),
+        }
+        values = {
+            **terms,
+            "discriminator": discriminator,
+            "real_logit": ops.mean(real_logits),
+            "fake_logit": ops.mean(fake_logits),
+        }
+        for name, value in values.items():
+            self.means[name].update_state(value, sample_weight=ops.shape(real)[0])
+        generator = (
+            self.agreement_weight * terms["agreement"]
+            + self.pixel_weight * terms["pixel"]
+            + self._ramp() * (self.feature_weight * terms["feature"] + self.adversarial_weight * terms["adversarial"])
+        )
+        return (discriminator + generator) / replica_index_and_count()[1]  # Keras sums the gradients of all replicas
+
+    def _ramp(self) -> Tensor:
+        """Return the fraction of the discriminator's full weight at this step, a scalar."""
+        progress = ops.cast(self.optimizer.iterations, "float32") / self.total_steps
+        return ops.clip((progress - ALONE) / RAMP, 0, 1)
+
+    def _features(self, images: Tensor, positions: Tensor) -> list[Tensor]:
+        """Return what the discriminator does of images, without gradients to its weights; see `Discriminator.call`."""
+        weights = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.discriminator.trainable_variables]
+        others = [ops.convert_to_tensor(v) for v in self.discriminator.non_trainable_variables]
+        return self.discriminator.stateless_call(weights, others, (images, positions))[0]
+
+    def _blur(self, images: Tensor) -> Tensor:
+        """Blur images (B, H, W, 1): (B, H, W)."""
+        matrix = ops.convert_to_tensor(self.blur)
+        return matrix @ images[..., 0] @ ops.transpose(matrix)
+
+    def _augment(self, *batches: Tensor) -> list[Tensor]:
+        """Flip and shift batches (B, H, W, 1) that the discriminator sees, all in the same way, at random."""
+        rows, columns, flip = (
+            keras.random.randint((), low, high, seed=self.seed_generator)
+            for low, high in ((-MAX_SHIFT, MAX_SHIFT + 1), (-MAX_SHIFT, MAX_SHIFT + 1), (0, 2))
+        )
+        size = self.decoder.image_size
+        across = ops.arange(size)
+        across = ops.where(flip > 0, size - 1 - across, across)
+        down = ops.mod(ops.arange(size) + rows, size)
+        across = ops.mod(across + columns, size)
+        return [ops.take(ops.take(batch, down, axis=1), across, axis=2) for batch in batches]
