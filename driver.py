@@ -66,7 +66,7 @@ class Config:
 
     decoder_epochs: int = 8  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
     decoder_learning_rate: float = 2e-4  # peak, as above
-    adversarial_weight: float = 0.01  # of the discriminator's verdict in the loss of the sharp decoder
+    adversarial_weight: float = 0.02  # of the discriminator's verdict in the loss of the sharp decoder
 
     num_samples: int = 20  # number of generated slices in samples/
     measured_slices: int = 3000  # maximum number of slices of each split that are compared with samples

@@ -370,7 +370,8 @@ def make_samples(
 
     run.make(files, made_from, write)
     codes = [np.load(run.folder / file) for file in files]
-    return Samples(generator.draw(codes, sampling["seed"], sampling["purpose"]), codes, positions)
+    noise = {name: sampling[name] for name in ("seed", "purpose") if name in sampling}
+    return Samples(generator.draw(codes, **noise), codes, positions)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from keras import ops
 
 import model
 import seeds
-from layers import PACKAGE, Tensor, gaussian_matrix, position_features, replica_index_and_count
+from layers import PACKAGE, ResidualBlock, Tensor, gaussian_matrix, position_features, replica_index_and_count
 
 NEGATIVE_SLOPE = 0.2  # Of the discriminator's leaky ReLUs.
-BLUR_SIGMA = 2.0  # Of the Gaussian below which images must agree with their targets, in pixels.
+NUM_POOLINGS = 3  # Of the discriminator: its patches are 8 pixels apart.
+BLUR_SIGMA = 1.0  # Of the Gaussian below which images must agree with their targets, in pixels.
 MAX_SHIFT = 4  # Of the images that the discriminator sees, in pixels.
 ALONE, RAMP = 0.1, 0.2  # Fractions of the training in which the discriminator trains alone, and gains its full weight.
 
@@ -33,15 +34,16 @@ ALONE, RAMP = 0.1, 0.2  # Fractions of the training in which the discriminator t
 class SharpDecoder(keras.Model):
     """Decodes code indices and noise to images.
 
-    It has the layers of the VQ-VAE's decoders and begins with their weights. After each upsampling, noise is added to
-    every channel with a weight of its own (Karras et al. 2019), and a few convolutions at full resolution add detail to
-    the decoded image. Both additions begin at zero: an untrained sharp decoder equals the VQ-VAE's. With two levels,
-    only the decoder that outputs images is trained.
+    It is a copy of the VQ-VAE's decoders, which stays as it is, and a network that adds detail to the image that they
+    decode. This network reads what their last upsampling reads, at half of the image's resolution, and noise: residual
+    blocks at this resolution are followed by convolutions at full resolution. Before each block and convolution, noise
+    is added to every channel with a weight of its own (Karras et al. 2019). The last convolution begins at zero, so an
+    untrained sharp decoder equals the VQ-VAE's.
 
     Args:
         image_size, grids, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
         background_code: Whether cells of the finest grid with code 0 are decoded to black.
-        detail_channels: Number of channels of the convolutions at full resolution.
+        detail_channels: Number of channels of the residual blocks; the convolutions at full resolution have half.
 
     Example: For images of 96 × 96 pixels and grids (12,):
 
@@ -57,7 +59,7 @@ class SharpDecoder(keras.Model):
         num_embeddings: int,
         embedding_dim: int,
         background_code: bool,
-        detail_channels: int = 32,
+        detail_channels: int = 48,
         name: str = "decoder",
         **kwargs: Any,
     ) -> None:
@@ -77,17 +79,21 @@ class SharpDecoder(keras.Model):
         for level, prefix in enumerate(model.level_prefixes(len(grids))):
             options = {"trainable": False, "name": f"{prefix}codebook"}
             self.codebooks.append(keras.layers.Embedding(num_embeddings, embedding_dim, **options))
-            decoder = model.make_decoder(image_size, grids, channels, residual_blocks, level)
-            decoder.trainable = level == len(grids) - 1
-            self.decoders.append(decoder)
-        num_upsamplings = sum(isinstance(layer, keras.layers.Conv2DTranspose) for layer in self.decoders[-1].layers)
-        self.noises = [NoiseWeight(name=f"noise_{i}") for i in range(num_upsamplings - 1)]
-        convolution = {"kernel_size": 3, "padding": "same"}
+            self.decoders.append(model.make_decoder(image_size, grids, channels, residual_blocks, level))
+            self.decoders[-1].trainable = False
+            self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
+        width, convolution = detail_channels, {"kernel_size": 3, "padding": "same"}
         self.detail = [
-            keras.layers.UpSampling2D(name="detail_up"),
-            keras.layers.Conv2D(detail_channels, **convolution, activation="relu", name="detail_0"),
-            NoiseWeight(name="detail_noise"),
-            keras.layers.Conv2D(detail_channels, **convolution, activation="relu", name="detail_1"),
+            keras.layers.Conv2D(width, **convolution, name="detail_first"),
+            NoiseWeight(name="noise_0"),
+            ResidualBlock(width, name="detail_block_0"),
+            NoiseWeight(name="noise_1"),
+            ResidualBlock(width, name="detail_block_1"),
+            keras.layers.ReLU(name="detail_relu"),
+            keras.layers.UpSampling2D(interpolation="bilinear", name="detail_up"),
+            keras.layers.Conv2D(width // 2, **convolution, activation="relu", name="detail_0"),
+            NoiseWeight(name="noise_2"),
+            keras.layers.Conv2D(width // 2, **convolution, activation="relu", name="detail_1"),
             keras.layers.Conv2D(1, **convolution, kernel_initializer="zeros", name="detail_2"),
         ]
         inputs = {f"codes_{level}": keras.Input((grid, grid), dtype="int32") for level, grid in enumerate(grids)}
@@ -127,16 +133,13 @@ class SharpDecoder(keras.Model):
         return images if training else ops.clip(images, 0, 1)
 
     def _draw(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Apply the decoder that outputs images, with noise, to features (B, h, w, C): (B, H, W, 1)."""
-        noises, layers = iter(self.noises), self.decoders[-1].layers
-        for layer in layers[:-1]:
+        """Decode features (B, h, w, C) to an image, and add detail: (B, H, W, 1)."""
+        for layer in self.decoders[-1].layers[:-1]:
             features = layer(features)
-            if isinstance(layer, keras.layers.Conv2DTranspose):
-                features = next(noises)(features, noise)
         detail = features
         for layer in self.detail:
             detail = layer(detail, noise) if isinstance(layer, NoiseWeight) else layer(detail)
-        return layers[-1](features) + detail
+        return ops.cast(self.decoders[-1].layers[-1](features), "float32") + ops.cast(detail, "float32")
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
@@ -144,10 +147,11 @@ class SharpDecoder(keras.Model):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class NoiseWeight(keras.layers.Layer):
-    """Adds noise to every channel, with a weight per channel that begins at zero (Karras et al. 2019, section 3.2)."""
+    """Adds noise to every channel, with a weight per channel (Karras et al. 2019, section 3.2)."""
 
     def build(self, features_shape: Sequence[int | None], noise_shape: Sequence[int | None]) -> None:
-        self.weight = self.add_weight(shape=(features_shape[-1],), initializer="zeros", name="weight")
+        initializer = keras.initializers.Constant(0.1)
+        self.weight = self.add_weight(shape=(features_shape[-1],), initializer=initializer, name="weight")
 
     def call(self, features: Tensor, noise: Tensor) -> Tensor:
         """Features (B, h, w, C) and noise (B, H, W, 1), of which every (H / h)th pixel is used -> (B, h, w, C)."""
@@ -188,12 +192,15 @@ class SpectralConv2D(keras.layers.Conv2D):
 class Discriminator(keras.Model):
     """Judges how real the patches of images are, given the slice position.
 
-    Convolutions with spectral normalisation reduce the image eightfold. The logit of each patch is a linear function of
-    its features plus their product with features of the slice position (Miyato & Koyama 2018, equation 3).
+    Convolutions with spectral normalisation alternate with average pooling, which reduces the image eightfold. Unlike
+    strided convolutions, it treats all pixels alike, so that no checkerboards are learned. The logit of each patch is a
+    linear function of its features plus their product with features of the slice position (Miyato & Koyama 2018,
+    equation 3).
 
     Args:
         image_size: Height and width of an image in pixels.
-        channels: Number of channels of the first convolution; the others have two and four times as many.
+        channels: Number of channels of the second convolution; the first one has half as many, the others up to four
+            times.
     """
 
     def __init__(self, image_size: int, channels: int = 32, name: str = "discriminator", **kwargs: Any) -> None:
@@ -226,8 +233,10 @@ class Discriminator(keras.Model):
         """
         images, positions = inputs
         features = [ops.cast(images, self.compute_dtype) * 2 - 1]
-        for convolution in self.convolutions:
+        for i, convolution in enumerate(self.convolutions):
             features.append(convolution(features[-1], training=training))
+            if 0 < i <= NUM_POOLINGS:
+                features[-1] = ops.average_pool(features[-1], 2)
         last = ops.cast(features[-1], "float32")
         condition = self.position(position_features(positions))[:, None, None]
         return [*features[1:], self.logit(last) + ops.mean(last * condition, axis=-1, keepdims=True)]
@@ -243,11 +252,12 @@ class DecoderTuning(keras.Model):
     The discriminator minimises the hinge loss E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(c, n)))] of real slices x and
     images G decoded from codes c and noise n. The decoder minimises
 
-        agreement_weight · |B(G(c, n)) − B(t)| + pixel_weight · |G(c, n) − t| + adversarial_weight · E[−D(G(c, n))]
+        agreement_weight · (B(G(c, n)) − B(t))² + pixel_weight · |G(c, n) − t| + adversarial_weight · E[−D(G(c, n))]
         + feature_weight · Σ_l |D_l(G(c, n)) − D_l(t)|
 
     with B a Gaussian blur and D_l the features of the discriminator's layers. The target t of codes that an encoded
-    slice has is this slice. Codes drawn from the prior have no original: their target is the image that the VQ-VAE
+    slice has is this slice. Agreement is squared, because an absolute difference would hold on to the VQ-VAE's image,
+    where its gradient jumps. Codes drawn from the prior have no original: their target is the image that the VQ-VAE
     decodes, which is right about large structures only, so that only the first and third terms count.
 
     Both losses are one sum: the discriminator's does not reach the decoder, because it reads the images without their
@@ -267,11 +277,11 @@ class DecoderTuning(keras.Model):
         decoder: SharpDecoder,
         discriminator: Discriminator,
         total_steps: int,
-        adversarial_weight: float = 0.01,
+        adversarial_weight: float = 0.02,
         seed: int = 0,
-        agreement_weight: float = 10.0,
+        agreement_weight: float = 30.0,
         pixel_weight: float = 1.0,
-        feature_weight: float = 0.05,
+        feature_weight: float = 0.1,
         name: str = "decoder_tuning",
         **kwargs: Any,
     ) -> None:
@@ -321,7 +331,7 @@ class DecoderTuning(keras.Model):
 
         features, wanted = self._features(seen, x["positions"]), self._features(target_seen, x["positions"])
         terms = {
-            "agreement": ops.mean(ops.abs(self._blur(y_pred - target))),
+            "agreement": ops.mean(ops.square(self._blur(y_pred - target))),
             "pixel": ops.mean(encoded * ops.abs(y_pred - target)),
             "feature": sum(
                 ops.mean(encoded * ops.cast(ops.abs(own - ops.stop_gradient(other)), "float32"))

@@ -13,6 +13,7 @@ import pytest
 import comparison
 import metrics
 import phantom
+import sharp
 import two_sample
 from comparison import Comparison, Part
 from dataset import Slices
@@ -20,6 +21,7 @@ from generator import Generator, Results, Samples
 from tests import test_generator
 
 SPLITS = ("train", "validate", "test")
+COPIES = {"nn_distance_ratio_images", "near_duplicate_rate_images"}
 SETS = {"c2st_real", "c2st_reconstructions", "c2st_codes"}
 PRDC = {"precision", "recall", "density", "coverage"}
 SPACES = ("codes", "pixels", "features")
@@ -112,7 +114,7 @@ def shown(images: np.ndarray) -> np.ndarray:
 def test_compare_returns_the_documented_numbers(compared):
     numbers, _ = compared
     assert set(numbers) == {"samples", "references", "controls", "failed_controls"}
-    assert set(numbers["samples"]) == MEASURED | SETS | {"count", "nearest_to_training"}
+    assert set(numbers["samples"]) == MEASURED | SETS | COPIES | {"count", "nearest_to_training"}
     assert numbers["samples"]["count"] == 18
     assert set(numbers["references"]) == {"reconstructions", "other_subjects", "real_ms_ssim_of_pairs"}
     assert set(numbers["references"]["reconstructions"]) == MEASURED | {"c2st_real"}
@@ -154,6 +156,22 @@ def test_no_classifier_is_trained_on_test_subjects(results, compared):
                 assert not test_images & {image.tobytes() for array in inputs for image in array}
 
 
+def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
+    vqvae = results.generator.vqvae
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    sharpened = Generator(vqvae, results.generator.priors, results.generator.positions, decoder=decoder)
+    drawn = {
+        split: replace(samples, images=sharpened.draw(samples.codes))
+        for split, samples in results.compared_samples.items()
+    }
+    numbers, classified = compare(replace(results, generator=sharpened, compared_samples=drawn))
+    references = numbers["references"]
+    assert set(references["sharp_reconstructions"]) == set(references["faithful_samples"]) == MEASURED | {"c2st_real"}
+    assert references["faithful_samples"]["power_high"] != numbers["samples"]["power_high"]
+    against_reconstructions = classified[1].second["test"][0]
+    assert np.array_equal(against_reconstructions, shown(sharpened.decode(drawn["test"].codes)))
+
+
 def test_only_the_chosen_slices_are_compared(results):
     chosen = {split: np.flatnonzero(some.subjects != some.subjects[0]) for split, some in results.slices.items()}
     made = Comparison(replace(results, compared=chosen), seed=0)
@@ -164,7 +182,7 @@ def test_only_the_chosen_slices_are_compared(results):
     samples = made.samples()["test"]
     for row in made.nearest_to_training(samples):
         distances = np.sqrt(
-            np.mean((samples.images[row["index"]] / 255.0 - made.decoded["train"].images / 255.0) ** 2, axis=(1, 2, 3))
+            np.mean((samples.images[row["index"]] / 255.0 - made.real["train"].images / 255.0) ** 2, axis=(1, 2, 3))
         )
         assert row["train_index"] == chosen["train"][np.argmin(distances)]
         assert row["distance"] == pytest.approx(distances.min(), abs=1e-4)

@@ -23,6 +23,7 @@ import dataset
 import driver
 import options
 import phantom
+import pictures
 import plots
 import stages
 import training
@@ -49,6 +50,7 @@ def tiny(root: Path, **constants) -> driver.Config:
         "prior_blocks": 2,
         "prior_attention": 1,
         "prior_epochs": 2,
+        "decoder_epochs": 1,
         "num_samples": 3,
     }
     return driver.Config(**{**settings, **constants})
@@ -75,8 +77,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def picture_files(num_levels: int = 1) -> set[str]:
-    return {f"{picture.name}.png" for picture in plots.pictures(num_levels)}
+def picture_files(num_levels: int = 1, is_sharp: bool = True) -> set[str]:
+    return {f"{picture.name}.png" for picture in pictures.of_run(num_levels, is_sharp)}
 
 
 # ------------------------------------------------------------------------------------------ the run folder

@@ -12,6 +12,7 @@ import augmentation
 import dataset
 import generator
 import model
+import sharp
 import training
 from generator import Generator
 from run import Run, RunError, project_version
@@ -265,3 +266,21 @@ def test_networks_saved_on_tensorflow_compute_the_same_on_jax(tmp_path, images):
     with np.load(tmp_path / "jax.npz") as on_jax:
         for name, expected in on_tensorflow.items():
             np.testing.assert_allclose(on_jax[name], expected, atol=1e-4, err_msg=name)
+
+
+def test_without_a_sharp_decoder_the_vqvae_draws(made, images):
+    codes = made.encode(images)
+    assert np.array_equal(made.draw(codes), made.decode(codes))
+
+
+def test_what_is_drawn_depends_on_seed_and_purpose_and_not_on_the_batch_size(made, images):
+    decoder = with_random_weights(sharp.SharpDecoder.untrained(made.vqvae))
+    large, small = (Generator(made.vqvae, made.priors, POSITIONS, size, decoder=decoder) for size in (3, 1))
+    codes = made.encode(images)
+    drawn = large.draw(codes, 1)
+    np.testing.assert_allclose(drawn, small.draw(codes, 1), atol=1e-4)
+    assert np.array_equal(drawn, large.draw(codes, 1))
+    for other in (large.draw(codes, 2), large.draw(codes, 1, "other"), large.decode(codes)):
+        assert np.abs(drawn - other).max() > 1e-3
+    sampled = large.sample(POSITIONS, 3)
+    assert np.array_equal(sampled, large.draw(large.sample_codes(POSITIONS, 3), 3))

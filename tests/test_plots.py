@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pictures
 import plots
 from dataset import Slices
 from generator import Results, Samples
@@ -12,11 +13,13 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 16, 16, 1))
 POSITIONS = np.arange(6)
 CURVES = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity")
+DECODER_CURVES = ("agreement", "discriminator", "real_logit", "fake_logit")
 LEVELS = ("top", "bottom")
 HISTORY = [
     {
         "epoch": epoch,
         **{f"{level}{name}": 1 / epoch for level in ("", "top_", "bottom_") for name in CURVES},
+        **{f"{split}{name}": 1 / epoch for split in ("", "val_") for name in DECODER_CURVES},
         **{f"val_{level}{name}": 1.1 / epoch for level in ("", "top_", "bottom_") for name in CURVES},
     }
     for epoch in (1, 2, 3)
@@ -115,18 +118,24 @@ class StubGenerator:
         self.level_names = ("",) if num_levels == 1 else LEVELS
         self.sampled = []
 
+    def decode(self, codes):
+        return RNG.random((len(codes[0]), 16, 16, 1), np.float32)
+
+    draw = decode
+
     def sample(self, positions, seed=0, temperature=1.0, top_k=0, top_p=1.0, purpose="samples"):
         self.sampled.append((np.asarray(positions).tolist(), seed, temperature, top_k, top_p, purpose))
         return np.random.default_rng(seed).random((len(positions), 16, 16, 1), np.float32)
 
 
-def make_results(num_levels: int, note: str = "") -> Results:
+def make_results(num_levels: int, is_sharp: bool = False, note: str = "") -> Results:
     images = RNG.integers(0, 256, (6, 16, 16, 1)).astype(np.uint8)
     slices = Slices(images, POSITIONS, np.repeat(["a", "b", "c"], 2))
     codes = CODES[2 - num_levels :] if num_levels == 1 else CODES
     decoded = RNG.random((6, 16, 16, 1), np.float32)
     quality = {"ssim": 0.9, "ms_ssim": 0.9, "psnr_db": 20}
     stages = ("vqvae", "prior") if num_levels == 1 else ("vqvae", "top_prior", "bottom_prior")
+    stages += ("decoder",) if is_sharp else ()
     numbers = {
         "worst_slices": [
             {"index": 3, "subject": "b", "position": 3, "ssim_brain": 0.5},
@@ -149,24 +158,28 @@ def make_results(num_levels: int, note: str = "") -> Results:
         sampling={"seed": 7, "temperature": 0.9, "top_k": 3, "top_p": 0.8},
         history=[{"stage": stage, **row} for stage in stages for row in HISTORY],
         numbers=numbers,
+        sharp_reconstructions=decoded if is_sharp else None,
         note=note,
     )
 
 
 def test_pictures_have_unique_names_and_a_caption():
-    names = [picture.name for picture in plots.PICTURES]
+    names = [picture.name for picture in pictures.PICTURES]
     assert len(set(names)) == len(names)
-    assert all(picture.caption.strip().endswith(".") for picture in plots.PICTURES)
+    assert all(picture.caption.strip().endswith(".") for picture in pictures.PICTURES)
 
 
-def test_levels_are_only_shown_if_there_are_two():
-    one, two = ([picture.name for picture in plots.pictures(num_levels)] for num_levels in (1, 2))
-    assert set(two) - set(one) == {"levels"}
-    assert two == [picture.name for picture in plots.PICTURES]
+def test_levels_and_sharp_decoders_are_only_shown_if_there_are_any():
+    def names(*run) -> set[str]:
+        return {picture.name for picture in pictures.of_run(*run)}
+
+    assert names(2, False) - names(1, False) == {"levels"}
+    assert names(1, True) - names(1, False) == {"sharp_reconstructions", "invented_detail", "decoder_loss"}
+    assert names(2, True) == {picture.name for picture in pictures.PICTURES}
 
 
-@pytest.mark.parametrize("num_levels", [1, 2])
-def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, num_levels):
+@pytest.mark.parametrize(("num_levels", "is_sharp"), [(1, True), (2, False)])
+def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, num_levels, is_sharp):
     notes, make_figure = [], plots._figure
 
     def figure(width, height, title, note):
@@ -174,17 +187,17 @@ def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, num_levels)
         return make_figure(width, height, title, note)
 
     monkeypatch.setattr(plots, "_figure", figure)
-    results, pictures = make_results(num_levels, note="SYNTHETIC slices"), plots.pictures(num_levels)
-    for picture in pictures:
+    results, shown = make_results(num_levels, is_sharp, "SYNTHETIC slices"), pictures.of_run(num_levels, is_sharp)
+    for picture in shown:
         path = tmp_path / f"{picture.name}.png"
         picture.draw(path, results)
         assert_is_picture(path)
-    assert notes == ["SYNTHETIC slices"] * len(pictures)
+    assert notes == ["SYNTHETIC slices"] * len(shown)
 
 
 def test_samples_by_position_use_the_sampling_options(tmp_path):
     results = make_results(1)
-    picture = next(picture for picture in plots.PICTURES if picture.name == "samples_by_position")
+    picture = next(picture for picture in pictures.PICTURES if picture.name == "samples_by_position")
     picture.draw(tmp_path / "x.png", results)
     (sampled,) = results.generator.sampled
     assert sampled[:-1] == (np.repeat(POSITIONS, 4).tolist(), 7, 0.9, 3, 0.8)
@@ -195,7 +208,7 @@ def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch)
     drawn = []
     monkeypatch.setattr(plots, "nearest_training_slices", lambda path, *arrays: drawn.append(arrays))
     results = make_results(1)
-    picture = next(picture for picture in plots.PICTURES if picture.name == "nearest_training_slices")
+    picture = next(picture for picture in pictures.PICTURES if picture.name == "nearest_training_slices")
     picture.draw(tmp_path / "x.png", results)
     images, nearest, labels, _ = drawn[0]
     assert np.array_equal(images, results.compared_samples["test"].images[[2]])
@@ -206,7 +219,7 @@ def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch)
 @pytest.mark.parametrize("background_code", [False, True])
 def test_single_level_is_decoded_with_the_mean_vector_of_the_other(background_code):
     generator = SimpleNamespace(vqvae=StubVQVAE(2), background_code=background_code)
-    images = plots._decode_single_level(generator, CODES, 0, np.array([1, 4]))
+    images = pictures._decode_single_level(generator, CODES, 0, np.array([1, 4]))
     top, bottom = EMBEDDINGS
     mean = bottom[CODES[1]].mean(axis=(0, 1, 2)).astype(np.float32)
     expected = generator.vqvae.decode([top[CODES[0][[1, 4]]], np.broadcast_to(mean, (2, 4, 4, 4))])

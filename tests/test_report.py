@@ -12,7 +12,7 @@ from PIL import Image
 
 import comparison
 import metrics
-import plots
+import pictures
 import report
 import two_sample
 from tests import test_comparison
@@ -26,6 +26,7 @@ def accuracy(value: float) -> dict:
     return {"accuracy": value, "accuracy_interval": [value - 0.05, value + 0.05]}
 
 
+SPACES = ("codes", "pixels", "features", "images")
 SET = {
     "c2st_real": accuracy(0.55),
     "critic_auc": 0.5,
@@ -41,8 +42,8 @@ SET = {
     "power_middle": 1.0,
     "power_high": 1.0,
     "code_hamming": 0.6,
-    **{f"nn_distance_ratio_{space}": 1.0 for space in ("codes", "pixels", "features")},
-    **{f"near_duplicate_rate_{space}": 0.01 for space in ("codes", "pixels", "features")},
+    **{f"nn_distance_ratio_{space}": 1.0 for space in SPACES},
+    **{f"near_duplicate_rate_{space}": 0.01 for space in SPACES},
 }
 SPREAD = {name: SET[name] for name in ("precision", "recall", "density", "coverage", "mmd2", "mmd2_error")}
 SPREAD |= {"ms_ssim_of_pairs": 0.85, **{f"{name}_spread": 0.03 for name in (*SPREAD, "ms_ssim_of_pairs")}}
@@ -188,9 +189,9 @@ def test_findings_of_two_levels_name_the_level():
     assert mentioned(prior.bad, "50\u00a0% of the bottom codes")
 
 
-def draw_blank_pictures(folder, num_levels):
+def draw_blank_pictures(folder, num_levels, is_sharp=False):
     (folder / "images").mkdir()
-    for picture in plots.pictures(num_levels):
+    for picture in pictures.of_run(num_levels, is_sharp):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "images" / f"{picture.name}.png")
 
 
@@ -209,7 +210,7 @@ def write(folder, numbers=NUMBERS, note="", constants=CONSTANTS, history=HISTORY
 def test_report_is_self_contained(run_folder):
     page = write(run_folder)
     assert page.startswith("<!doctype html>")
-    assert page.count('src="data:image/png;base64,') == len(plots.pictures(1))
+    assert page.count('src="data:image/png;base64,') == len(pictures.of_run(1, False))
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
     assert "http" not in page
@@ -217,23 +218,27 @@ def test_report_is_self_contained(run_folder):
 
 def test_report_shows_the_captions_in_order_samples_first(run_folder):
     page = write(run_folder)
-    escaped = [picture.caption.replace("'", "&#39;") for picture in plots.pictures(1)]
+    escaped = [picture.caption.replace("'", "&#39;") for picture in pictures.of_run(1, False)]
     places = [page.index(caption) for caption in escaped]
     assert places == sorted(places)
-    names = [picture.name for picture in plots.PICTURES[: report.LEADING_PICTURES]]
+    names = [picture.name for picture in pictures.PICTURES[: report.LEADING_PICTURES]]
     assert names == ["samples_by_position", "samples", "reconstructions"]
     first_finding = page.index("Samples: quality")
     assert places[report.LEADING_PICTURES - 1] < first_finding < places[report.LEADING_PICTURES]
 
 
 def test_report_of_two_levels_has_all_pictures(tmp_path):
-    draw_blank_pictures(tmp_path, num_levels=2)
-    numbers = {**NUMBERS, **{name: {"top": 1.0, "bottom": 1.0} for name in BY_LEVEL}}
+    draw_blank_pictures(tmp_path, num_levels=2, is_sharp=True)
+    references = {**NUMBERS["references"], "sharp_reconstructions": SET, "faithful_samples": SET}
+    numbers = {**NUMBERS, "sharp": {"ssim": 0.5, "power_high": 1.0}, "references": references}
+    numbers |= {name: {"top": 1.0, "bottom": 1.0} for name in BY_LEVEL}
     history = [{**HISTORY[0], "stage": stage} for stage in ("vqvae", "top_prior", "bottom_prior")]
     page = write(tmp_path, numbers, constants={**CONSTANTS, "grids": [16, 32]}, history=history)
-    assert page.count('src="data:image/png;base64,') == len(plots.PICTURES)
+    assert page.count('src="data:image/png;base64,') == len(pictures.PICTURES)
     assert "16\u00a0×\u00a016 and 32\u00a0×\u00a032" in page
     assert "(top prior)" in page
+    assert "<th>sharp reconstructions</th>" in page
+    assert "plausible, not true" in page
 
 
 def test_names_are_escaped(run_folder):

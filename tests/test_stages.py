@@ -10,6 +10,7 @@ import dataset
 import driver
 import phantom
 import stages
+import training
 from generator import Generator
 
 
@@ -106,3 +107,44 @@ def test_critics_are_trained_for_half_of_the_epochs(encoded, epochs, expected):
     for critic, count in ((False, epochs), (True, expected)):
         made = stages.prior_stages(config, encoded[1], encoded[3], encoded[2], critic)
         assert [stage.epochs for stage in made] == [count] * len(config.grids)
+
+
+@pytest.fixture(scope="module")
+def decoder_stage(encoded) -> training.Stage:
+    config, slices, encoder, codes = encoded
+    priors = [stages.make_prior(config, level) for level in range(len(config.grids))]
+    generator = Generator(encoder.vqvae, priors, encoder.positions)
+    return stages.decoder_stage(dataclasses.replace(config, decoder_epochs=2), slices, codes, generator)
+
+
+def decoder_epoch(stage: training.Stage, epoch: int) -> dict[str, np.ndarray]:
+    """The inputs of the sharp decoder in an epoch, sorted by position."""
+    batches = [inputs for inputs, _ in stage.batches(epoch).take(stage.steps)]
+    inputs = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return {name: values[np.argsort(inputs["positions"])] for name, values in inputs.items()}
+
+
+def test_the_decoder_is_trained_on_codes_of_slices_and_on_drawn_ones(encoded, decoder_stage):
+    config, slices, encoder, codes = encoded
+    seen = set()
+    for epoch in range(3):
+        inputs = decoder_epoch(decoder_stage, epoch)
+        drawn = inputs["drawn"] == 1
+        seen.add(tuple(drawn))
+        assert np.array_equal(inputs["images"], slices["train"].images)
+        assert np.array_equal(inputs["targets"][~drawn], slices["train"].images[~drawn])
+        grids = [inputs[f"codes_{level}"] for level in range(len(config.grids))]
+        for own, other in zip(grids, codes["train"], strict=True):
+            assert np.array_equal(own[~drawn], other[~drawn])
+        decoded = encoder.decode([grid[drawn] for grid in grids]) * 255
+        np.testing.assert_allclose(inputs["targets"][drawn], decoded, atol=0.51)
+    assert len(seen) == 3
+    again = decoder_epoch(decoder_stage, 2)
+    assert all(np.array_equal(again[name], values) for name, values in inputs.items())
+
+
+def test_the_decoder_is_judged_on_codes_of_unseen_slices(encoded, decoder_stage):
+    (inputs, _), *_ = decoder_stage.validation
+    assert np.array_equal(inputs["images"], inputs["targets"])
+    assert not np.any(inputs["drawn"])
+    assert np.array_equal(inputs["codes_0"], encoded[3]["validate"][0])

@@ -1,11 +1,13 @@
 """Saved models, and training that was killed and continues."""
 
+import dataclasses
 import json
 import shutil
 import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -153,8 +155,9 @@ def train(
     start_from: Path | None = None,
     data_dir: str | None = None,
     batches: Callable[[int], tf.data.Dataset] = batches,
+    **changes: Any,
 ) -> keras.Model:
-    """Train a small network, or continue to; returns it."""
+    """Train a small network, or continue to; returns it. `changes` are those of the stage."""
     stage = Stage(
         name="net",
         make=make,
@@ -167,6 +170,7 @@ def train(
         made_from=("configuration",) if data_dir else ("slices",),
         learning_rate_option="net_learning_rate",
     )
+    stage = dataclasses.replace(stage, **changes)
     ours = training._callbacks
     opened = run_of(folder, start_from, data_dir)
     initial = {}
@@ -394,6 +398,33 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path, monkeypatch):
     x, y = batch(100)
     loss = float(np.mean((y - keras.ops.convert_to_numpy(trained(x))) ** 2))
     assert loss == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_the_last_weights_are_kept_if_no_metric_is_monitored(tmp_path, monkeypatch):
+    targets = iter((1.0, -20.0))  # The second epoch makes the network worse.
+    trained = train(
+        tmp_path,
+        monkeypatch,
+        monitor=None,
+        epochs=2,
+        batches=lambda epoch: batches(epoch).map(lambda x, y, sign=next(targets): (x, sign * y)),
+    )
+    rows = history(tmp_path)
+    assert rows[-1]["val_loss"] > rows[0]["val_loss"]
+    x, y = batch(100)
+    loss = float(np.mean((y - keras.ops.convert_to_numpy(trained(x))) ** 2))
+    assert loss == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
+
+
+def test_only_the_part_that_is_used_is_saved_and_loaded(tmp_path, monkeypatch):
+    def part(network: keras.Model) -> keras.Model:
+        return keras.Sequential([keras.Input((4,)), network.get_layer("dense")])
+
+    trained = train(tmp_path, monkeypatch, part=part)
+    assert weights_equal(trained, train(tmp_path, monkeypatch, part=part))
+    loaded = part(make())
+    training.load_weights(loaded, tmp_path / "net.keras")
+    assert weights_equal(trained, loaded)
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, monkeypatch, uninterrupted, capsys):

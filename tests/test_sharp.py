@@ -1,0 +1,146 @@
+"""The sharp decoder, its discriminator, and the loss that trains both."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+import model
+import sharp
+from tests import test_generator
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(params=[(4,), (4, 8)], ids=["one level", "two levels and a code for background"])
+def vqvae(request) -> model.VQVAE:
+    return test_generator.make(request.param).vqvae
+
+
+def some_codes(vqvae: model.VQVAE, count: int = 3) -> list[np.ndarray]:
+    return [RNG.integers(0, 16, (count, grid, grid)).astype(np.int32) for grid in vqvae.grids]
+
+
+def inputs_of(codes: list[np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    noise = np.random.default_rng(seed).standard_normal((len(codes[0]), 32, 32, 1), np.float32)
+    return {"noise": noise, **{f"codes_{level}": indices for level, indices in enumerate(codes)}}
+
+
+def batch_of(vqvae: model.VQVAE, drawn: float = 0.0, count: int = 4) -> dict[str, np.ndarray]:
+    images, targets = RNG.integers(0, 256, (2, count, 32, 32, 1)).astype(np.uint8)
+    named = {"positions": np.arange(count, dtype=np.int32), "images": images, "targets": targets}
+    codes = {f"codes_{level}": indices for level, indices in enumerate(some_codes(vqvae, count))}
+    return {**named, "drawn": np.full(count, drawn, np.float32), **codes}
+
+
+def make_tuning(vqvae: model.VQVAE, total_steps: int = 10, **weights: float) -> sharp.DecoderTuning:
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    tuning = sharp.DecoderTuning(decoder, sharp.Discriminator(32, channels=4), total_steps, **weights)
+    tuning.compile(keras.optimizers.SGD(0.1))
+    return tuning
+
+
+def test_an_untrained_sharp_decoder_decodes_as_the_vqvae_does(vqvae):
+    codes = some_codes(vqvae)
+    decoded = sharp.SharpDecoder.untrained(vqvae)(inputs_of(codes))
+    np.testing.assert_allclose(decoded, vqvae.decode_code(codes), atol=1e-6)
+
+
+def test_noise_changes_the_detail_and_nothing_else_does(vqvae):
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    codes = some_codes(vqvae)
+    first, again, other = (ops.convert_to_numpy(decoder(inputs_of(codes, seed))) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert np.abs(first - other).mean() > 1e-4
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+def test_background_stays_black_whatever_the_noise():
+    vqvae = test_generator.make((4, 8)).vqvae
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    codes = some_codes(vqvae)
+    codes[-1][:, :, :2] = 0
+    decoded = ops.convert_to_numpy(decoder(inputs_of(codes)))
+    assert not decoded[:, :, :8].any()
+    assert decoded[:, :, 8:].any()
+
+
+def test_training_changes_the_detail_and_the_discriminator_only(vqvae):
+    tuning = make_tuning(vqvae)
+    before = {variable.path: ops.convert_to_numpy(variable) for variable in tuning.variables}
+    batch = {name: tf.constant(values) for name, values in batch_of(vqvae).items()}
+    tuning.fit(tf.data.Dataset.from_tensors((batch, batch["positions"])).repeat(5), epochs=1, verbose=0)
+    changed = {path for path, old in before.items() if not np.array_equal(old, tuning_variable(tuning, path))}
+    assert changed
+    assert all("detail" in path or "noise" in path or "discriminator" in path or "seed" in path for path in changed)
+    assert {path for path in before if "detail" in path or "logit" in path} <= changed
+    saved = tuning.decoder.get_config()
+    assert saved["grids"] == list(vqvae.grids)
+
+
+def tuning_variable(tuning: sharp.DecoderTuning, path: str) -> np.ndarray:
+    return next(ops.convert_to_numpy(variable) for variable in tuning.variables if variable.path == path)
+
+
+def gradients(tuning: sharp.DecoderTuning, batch: dict[str, np.ndarray]) -> tuple[list, list]:
+    """Gradients of the loss to the weights of the discriminator and of the decoder."""
+    tuning.seed_generator.state.assign([1, 2])
+    for layer in tuning.discriminator.convolutions:
+        layer.vector.assign(np.ones(layer.vector.shape))
+    networks = tuning.discriminator.trainable_variables, tuning.decoder.trainable_variables
+    with tf.GradientTape() as tape:
+        loss = tuning.compute_loss(batch, None, tuning(batch, training=True), training=True)
+    return tape.gradient(loss, [[variable.value for variable in variables] for variables in networks])
+
+
+def test_neither_network_is_trained_by_the_loss_of_the_other(vqvae):
+    """The discriminator's gradients do not depend on the decoder's loss, nor the other way round."""
+    batch, alone = batch_of(vqvae), {"agreement_weight": 0.0, "pixel_weight": 0.0, "feature_weight": 0.0}
+    both, only = make_tuning(vqvae, adversarial_weight=1.0), make_tuning(vqvae, adversarial_weight=0.0, **alone)
+    for tuning in (both, only):
+        tuning.optimizer.iterations.assign(tuning.total_steps)
+        tuning.set_weights(both.get_weights())
+    (first, decoder), (second, nothing) = gradients(both, batch), gradients(only, batch)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert all(not np.any(gradient) for gradient in nothing if gradient is not None)
+    assert any(np.any(gradient) for gradient in decoder)
+
+
+def test_the_discriminator_trains_alone_at_first(vqvae):
+    tuning = make_tuning(vqvae, total_steps=100)
+    weights = []
+    for step in (0, 10, 20, 30, 100):
+        tuning.optimizer.iterations.assign(step)
+        weights.append(float(tuning._ramp()))
+    assert weights == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_drawn_codes_have_no_original_to_be_compared_with(vqvae):
+    tuning = make_tuning(vqvae)
+    for drawn in (0.0, 1.0):
+        tuning.reset_metrics()
+        batch = batch_of(vqvae, drawn)
+        tuning.compute_loss(batch, None, tuning(batch))
+        means = {name: float(metric.result()) for name, metric in tuning.means.items()}
+        assert means["agreement"] > 0
+        assert (means["pixel"] > 0) == (means["feature"] > 0) == (drawn == 0)
+
+
+def test_kernels_are_divided_by_their_largest_singular_value():
+    layer = sharp.SpectralConv2D(6, 3, padding="same", use_bias=True)
+    images = RNG.normal(size=(1, 8, 8, 5)).astype(np.float32)
+    for _ in range(50):
+        layer(images, training=True)
+    matrix = ops.convert_to_numpy(layer.kernel).reshape(-1, 6)
+    expected = ops.conv(images, layer.kernel / np.linalg.norm(matrix, 2), 1, "same")
+    np.testing.assert_allclose(layer(images), ops.leaky_relu(expected, sharp.NEGATIVE_SLOPE), rtol=1e-3, atol=1e-4)
+
+
+def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    decoder.save(tmp_path / "decoder.keras")
+    inputs = inputs_of(some_codes(vqvae))
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "decoder.keras")(inputs), decoder(inputs))
