@@ -7,7 +7,6 @@ codes allow. Encoder, codebook and prior stay as they are, so codes and their li
 References:
     Goodfellow et al. 2014, "Generative Adversarial Nets"
     Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (patch discriminator)
-    Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks"
     Miyato & Koyama 2018, "cGANs with Projection Discriminator"
     Karras et al. 2019, "A Style-Based Generator Architecture for Generative Adversarial Networks" (noise inputs)
     Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis" (VQ-GAN)
@@ -24,9 +23,10 @@ import seeds
 from layers import PACKAGE, ResidualBlock, Tensor, gaussian_matrix, position_features, replica_index_and_count
 
 NEGATIVE_SLOPE = 0.2  # Of the discriminator's leaky ReLUs.
+NUM_GROUPS = 8  # Of the group normalisations of the discriminator.
 NUM_POOLINGS = 3  # Of the discriminator: its patches are 8 pixels apart.
 BLUR_SIGMA = 1.0  # Of the Gaussian below which images must agree with their targets, in pixels.
-MAX_SHIFT = 4  # Of the images that the discriminator sees, in pixels.
+VISIBLE = 2 / 3  # Side of the square that the discriminator sees of an image in training, relative to the image.
 ALONE, RAMP = 0.1, 0.2  # Fractions of the training in which the discriminator trains alone, and gains its full weight.
 
 
@@ -163,36 +163,10 @@ class NoiseWeight(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class SpectralConv2D(keras.layers.Conv2D):
-    """Convolution whose kernel, as a matrix, is divided by its largest singular value (Miyato et al. 2018).
-
-    One power iteration per call estimates the singular value. Its vector changes in training only.
-    """
-
-    def build(self, input_shape: Sequence[int | None]) -> None:
-        super().build(input_shape)
-        self.vector = self.add_weight(
-            shape=(self.filters,), initializer="random_normal", trainable=False, aggregation="mean", name="vector"
-        )
-
-    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
-        matrix = ops.cast(ops.reshape(self.kernel, (-1, self.filters)), "float32")
-        fixed = ops.stop_gradient(matrix)
-        left = ops.normalize(fixed @ ops.cast(self.vector, "float32")[:, None], axis=0)
-        right = ops.normalize(ops.transpose(fixed) @ left, axis=0)
-        if training:
-            self.vector.assign(right[:, 0])
-        largest = ops.sum(left * (matrix @ right))
-        kernel = ops.cast(ops.reshape(matrix / largest, self.kernel.shape), inputs.dtype)
-        outputs = ops.conv(inputs, kernel, self.strides, self.padding)
-        return ops.leaky_relu(outputs + ops.cast(self.bias, outputs.dtype), NEGATIVE_SLOPE)
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
 class Discriminator(keras.Model):
     """Judges how real the patches of images are, given the slice position.
 
-    Convolutions with spectral normalisation alternate with average pooling, which reduces the image eightfold. Unlike
+    Convolutions with group normalisation alternate with average pooling, which reduces the image eightfold. Unlike
     strided convolutions, it treats all pixels alike, so that no checkerboards are learned. The logit of each patch is a
     linear function of its features plus their product with features of the slice position (Miyato & Koyama 2018,
     equation 3).
@@ -205,28 +179,22 @@ class Discriminator(keras.Model):
 
     def __init__(self, image_size: int, channels: int = 32, name: str = "discriminator", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
-        options = {"padding": "same", "kernel_initializer": "he_normal"}
-        layers = (
-            (channels, 4, 2),
-            (2 * channels, 4, 2),
-            (4 * channels, 3, 1),
-            (4 * channels, 4, 2),
-            (4 * channels, 3, 1),
-        )
+        widths = [channels // 2, channels, 2 * channels, 4 * channels, 4 * channels]
         self.convolutions = [
-            SpectralConv2D(width, kernel, stride, **options, name=f"convolution_{i}")
-            for i, (width, kernel, stride) in enumerate(layers)
+            keras.layers.Conv2D(width, 3, padding="same", name=f"convolution_{i}") for i, width in enumerate(widths)
+        ]
+        self.norms = [
+            keras.layers.GroupNormalization(NUM_GROUPS, name=f"norm_{i}") for i in range(1, len(self.convolutions))
         ]
         self.logit = keras.layers.Dense(1, dtype="float32", name="logit")
-        self.position = keras.layers.Dense(4 * channels, dtype="float32", name="position")
+        self.position = keras.layers.Dense(widths[-1], kernel_initializer="zeros", dtype="float32", name="position")
         self((keras.Input((image_size, image_size, 1)), keras.Input((), dtype="int32")))  # creates the weights
 
-    def call(self, inputs: tuple[Tensor, Tensor], training: bool = False) -> list[Tensor]:
+    def call(self, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Judge images.
 
         Args:
             inputs: Images (B, H, W, 1) in [0, 1] and slice positions (B,).
-            training: Whether the estimates of the singular values are updated.
 
         Returns:
             The features of each convolution, (B, h, w, C), and last the logits (B, H / 8, W / 8, 1) float32.
@@ -234,12 +202,14 @@ class Discriminator(keras.Model):
         images, positions = inputs
         features = [ops.cast(images, self.compute_dtype) * 2 - 1]
         for i, convolution in enumerate(self.convolutions):
-            features.append(convolution(features[-1], training=training))
+            values = convolution(features[-1])
+            values = ops.leaky_relu(self.norms[i - 1](values) if i else values, NEGATIVE_SLOPE)
             if 0 < i <= NUM_POOLINGS:
-                features[-1] = ops.average_pool(features[-1], 2)
+                values = ops.average_pool(values, 2, padding="same")
+            features.append(values)
         last = ops.cast(features[-1], "float32")
         condition = self.position(position_features(positions))[:, None, None]
-        return [*features[1:], self.logit(last) + ops.mean(last * condition, axis=-1, keepdims=True)]
+        return [*features[1:], self.logit(last) + ops.sum(last * condition, axis=-1, keepdims=True)]
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -323,21 +293,21 @@ class DecoderTuning(keras.Model):
         real, target = (ops.cast(x[name], "float32") / 255 for name in ("images", "targets"))
         encoded = 1 - ops.cast(x["drawn"], "float32")[:, None, None, None]
         fake = y_pred + ops.stop_gradient(ops.clip(y_pred, 0, 1) - y_pred)  # what is shown, with a gradient everywhere
-        real, seen, target_seen = self._augment(real, fake, target)
+        real, seen = self._augment(real, fake)
 
-        real_logits = self.discriminator((real, x["positions"]), training=training)[-1]
-        fake_logits = self.discriminator((ops.stop_gradient(seen), x["positions"]), training=training)[-1]
+        *wanted, real_logits = self.discriminator((real, x["positions"]))
+        fake_logits = self.discriminator((ops.stop_gradient(seen), x["positions"]))[-1]
         discriminator = ops.mean(ops.relu(1 - real_logits)) + ops.mean(ops.relu(1 + fake_logits))
 
-        features, wanted = self._features(seen, x["positions"]), self._features(target_seen, x["positions"])
+        *features, seen_logits = self._features(seen, x["positions"])
         terms = {
             "agreement": ops.mean(ops.square(self._blur(y_pred - target))),
             "pixel": ops.mean(encoded * ops.abs(y_pred - target)),
             "feature": sum(
                 ops.mean(encoded * ops.cast(ops.abs(own - ops.stop_gradient(other)), "float32"))
-                for own, other in zip(features[:-1], wanted[:-1], strict=True)
+                for own, other in zip(features, wanted, strict=True)
             ),
-            "adversarial": -ops.mean(features[-1]),
+            "adversarial": -ops.mean(seen_logits),
         }
         values = {
             **terms,
@@ -371,14 +341,12 @@ class DecoderTuning(keras.Model):
         return matrix @ images[..., 0] @ ops.transpose(matrix)
 
     def _augment(self, *batches: Tensor) -> list[Tensor]:
-        """Flip and shift batches (B, H, W, 1) that the discriminator sees, all in the same way, at random."""
-        rows, columns, flip = (
-            keras.random.randint((), low, high, seed=self.seed_generator)
-            for low, high in ((-MAX_SHIFT, MAX_SHIFT + 1), (-MAX_SHIFT, MAX_SHIFT + 1), (0, 2))
-        )
+        """Crop batches (B, H, W, 1) for the discriminator to a random square, and flip them, all in the same way."""
         size = self.decoder.image_size
-        across = ops.arange(size)
-        across = ops.where(flip > 0, size - 1 - across, across)
-        down = ops.mod(ops.arange(size) + rows, size)
-        across = ops.mod(across + columns, size)
-        return [ops.take(ops.take(batch, down, axis=1), across, axis=2) for batch in batches]
+        side = max(8, int(size * VISIBLE) // 8 * 8)
+        top, left, flip = (
+            keras.random.randint((), 0, high, seed=self.seed_generator) for high in (size - side + 1, size - side + 1, 2)
+        )
+        across = ops.arange(side)
+        across = left + ops.where(flip > 0, side - 1 - across, across)
+        return [ops.take(ops.take(batch, top + ops.arange(side), axis=1), across, axis=2) for batch in batches]

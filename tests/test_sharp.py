@@ -36,7 +36,7 @@ def batch_of(vqvae: model.VQVAE, drawn: float = 0.0, count: int = 4) -> dict[str
 
 def make_tuning(vqvae: model.VQVAE, total_steps: int = 10, **weights: float) -> sharp.DecoderTuning:
     decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
-    tuning = sharp.DecoderTuning(decoder, sharp.Discriminator(32, channels=4), total_steps, **weights)
+    tuning = sharp.DecoderTuning(decoder, sharp.Discriminator(32, channels=16), total_steps, **weights)
     tuning.compile(keras.optimizers.SGD(0.1))
     return tuning
 
@@ -87,8 +87,6 @@ def tuning_variable(tuning: sharp.DecoderTuning, path: str) -> np.ndarray:
 def gradients(tuning: sharp.DecoderTuning, batch: dict[str, np.ndarray]) -> tuple[list, list]:
     """Gradients of the loss to the weights of the discriminator and of the decoder."""
     tuning.seed_generator.state.assign([1, 2])
-    for layer in tuning.discriminator.convolutions:
-        layer.vector.assign(np.ones(layer.vector.shape))
     networks = tuning.discriminator.trainable_variables, tuning.decoder.trainable_variables
     with tf.GradientTape() as tape:
         loss = tuning.compute_loss(batch, None, tuning(batch, training=True), training=True)
@@ -129,14 +127,18 @@ def test_drawn_codes_have_no_original_to_be_compared_with(vqvae):
         assert (means["pixel"] > 0) == (means["feature"] > 0) == (drawn == 0)
 
 
-def test_kernels_are_divided_by_their_largest_singular_value():
-    layer = sharp.SpectralConv2D(6, 3, padding="same", use_bias=True)
-    images = RNG.normal(size=(1, 8, 8, 5)).astype(np.float32)
-    for _ in range(50):
-        layer(images, training=True)
-    matrix = ops.convert_to_numpy(layer.kernel).reshape(-1, 6)
-    expected = ops.conv(images, layer.kernel / np.linalg.norm(matrix, 2), 1, "same")
-    np.testing.assert_allclose(layer(images), ops.leaky_relu(expected, sharp.NEGATIVE_SLOPE), rtol=1e-3, atol=1e-4)
+def test_the_discriminator_sees_the_same_square_of_all_images(vqvae):
+    tuning = make_tuning(vqvae)
+    columns = np.broadcast_to(np.arange(32.0)[None, None, :, None], (2, 32, 32, 1))
+    rows = np.swapaxes(columns, 1, 2)
+    corners = set()
+    for _ in range(20):
+        across, down = (ops.convert_to_numpy(part) for part in tuning._augment(columns, rows))
+        assert across.shape == down.shape == (2, 16, 16, 1)
+        assert set(np.diff(across, axis=2).ravel()) in ({1.0}, {-1.0})
+        assert set(np.diff(down, axis=1).ravel()) == {1.0}
+        corners.add((down.min(), across.min(), across[0, 0, 0, 0] > across[0, 0, -1, 0]))
+    assert len(corners) > 15
 
 
 def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
