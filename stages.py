@@ -218,7 +218,7 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
         monitor=None,  # The decoder gets sharper to the end, and no term of its loss says so.
         epochs=config.decoder_epochs,
         learning_rate=config.decoder_learning_rate,
-        beta_1=0.5,
+        beta_1=0.0,
         part=lambda network: network.decoder,
         made_from=("slices", "vqvae.keras", *(f"{name}.keras" for name in model.prior_names(len(config.grids)))),
         shown=("agreement", "discriminator"),
