@@ -65,7 +65,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis128": (
         "128 x 128, two levels of 16 x 16 and 32 x 32 codes",
-        {"image_size": 128, "grids": (16, 32), "channels": 32, "vqvae_epochs": 15, "prior_epochs": 6},
+        {
+            "image_size": 128,
+            "grids": (16, 32),
+            "channels": 32,
+            "vqvae_epochs": 15,
+            "prior_epochs": 6,
+            "decoder_epochs": 6,
+        },
     ),
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",

@@ -205,7 +205,7 @@ def _reconstruction(constants: dict[str, Any], numbers: dict[str, Any]) -> Findi
     )
     if "sharp" in numbers:
         finding.add(
-            numbers["sharp"]["power_high"] > 0.7,
+            0.7 < numbers["sharp"]["power_high"] < 1.3,
             f"The sharp decoder draws {_percent(numbers['sharp']['power_high'])} of that power, with SSIM "
             f"{_number(numbers['sharp']['ssim'])}. Its fine folds are plausible, not true: the codes do not say where "
             "each of them lies.",

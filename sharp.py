@@ -30,6 +30,7 @@ NUM_POOLINGS = 3  # Of the discriminator: its patches are 8 pixels apart.
 BLUR_SIGMA = 1.0  # Of the Gaussian below which images must agree with their targets, in pixels.
 VISIBLE = 2 / 3  # Side of the square that the discriminator sees of an image in training, relative to the image.
 NOISE_SCALE = 0.02  # Standard deviation of the noise that should hardly change the logits of real slices.
+MAX_LOGIT_GAP = 0.5  # Between training and validation slices, beyond which the discriminator has memorised subjects.
 METRICS = ["discriminator", "smoothness", "agreement", "pixel", "feature", "adversarial", "real_logit", "fake_logit"]
 ALONE, RAMP = 0.1, 0.2  # Fractions of the training in which the discriminator trains alone, and gains its full weight.
 
@@ -358,3 +359,8 @@ class DecoderTuning(keras.Model):
         across = ops.arange(side)
         across = left + ops.where(flip > 0, side - 1 - across, across)
         return [ops.take(ops.take(batch, top + ops.arange(side), axis=1), across, axis=2) for batch in batches]
+
+
+def has_not_memorised(metrics: Mapping[str, float]) -> bool:
+    """Whether the discriminator judges validation slices as it does training slices, given the metrics of an epoch."""
+    return metrics["real_logit"] - metrics["val_real_logit"] < MAX_LOGIT_GAP

@@ -216,9 +216,13 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
         validation=dataset.input_batches(unseen, "positions", config.batch_size, shard=shard),
         steps=steps,
         monitor=None,  # The decoder gets sharper to the end, and no term of its loss says so.
+        accept=sharp.has_not_memorised,
         epochs=config.decoder_epochs,
         learning_rate=config.decoder_learning_rate,
-        beta_1=0.0,
+        adam={
+            "beta_1": 0.0,
+            "global_clipnorm": None,
+        },  # The discriminator's gradients are far larger than the decoder's.
         part=lambda network: network.decoder,
         made_from=("slices", "vqvae.keras", *(f"{name}.keras" for name in model.prior_names(len(config.grids)))),
         shown=("agreement", "discriminator"),

@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Stage:
         monitor: Name of the validation metric that decides which epoch is best; lower is better. None keeps the last.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
-        beta_1: Decay rate of Adam's average of the gradients.
+        accept: Whether the weights of an epoch may be kept, given its metrics. Those of the first epoch always are.
+        adam: Arguments of Adam that differ from those of `make_optimizer`.
         part: Returns the part of the network that is saved and used; the rest is needed in training only.
         made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
         shown: Names of the metrics in the line that is printed per epoch.
@@ -58,7 +59,8 @@ class Stage:
     monitor: str | None
     epochs: int
     learning_rate: float
-    beta_1: float = 0.9
+    accept: Callable[[Logs], bool] = lambda logs: True
+    adam: Mapping[str, Any] = field(default_factory=dict)
     part: Callable[[keras.Model], keras.Model] = lambda network: network
     made_from: Sequence[str] = ("slices",)
     shown: Sequence[str] = ("loss",)
@@ -101,8 +103,8 @@ def train(
     with devices.distribution_scope(num_devices):
         with dtype_policy(precision):
             trained = stage.make()
-        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps, stage.beta_1))
-        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from)
+        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps, **stage.adam))
+        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from, stage.accept)
         epochs_done = checkpoint.restore(trained)
         if run and epochs_done < stage.epochs:
             _refuse_unrecorded(run, file)
@@ -215,20 +217,20 @@ def dtype_policy(name: str) -> Iterator[None]:
         keras.config.set_dtype_policy("float32")
 
 
-def make_optimizer(learning_rate: float, epochs: int, steps: int, beta_1: float = 0.9) -> keras.optimizers.Optimizer:
+def make_optimizer(learning_rate: float, epochs: int, steps: int, **adam: Any) -> keras.optimizers.Optimizer:
     """Adam whose learning rate rises over the first steps and then falls to 0 along a cosine.
 
     Args:
         learning_rate: Peak of the learning rate.
         epochs: Number of epochs after which it reaches 0.
         steps: Number of steps per epoch.
-        beta_1: Decay rate of the average of the gradients.
+        **adam: Arguments of Adam. By default, gradients are clipped to a global norm of 1.
     """
     warmup = min(steps, 20)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(epochs * steps - warmup, 1), warmup_target=learning_rate, warmup_steps=warmup
     )
-    return keras.optimizers.Adam(schedule, beta_1=beta_1, global_clipnorm=1.0)
+    return keras.optimizers.Adam(schedule, **{"global_clipnorm": 1.0, **adam})
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -349,6 +351,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         monitor: Name of the metric to judge by; lower is better. None prefers every epoch to those before it.
         made_from: Names of the results and facts that the network is made from. Checkpoints of a network that was
             made from others are not used.
+        accept: See `Stage`.
 
     Attributes:
         counters: The number of epochs done, `epoch`, the lowest value of the metric, `best`, and the number of epochs
@@ -356,9 +359,16 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         best_weights: Weights of the best epoch, None before the first one.
     """
 
-    def __init__(self, run: Run | None, stage: str, monitor: str | None, made_from: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        run: Run | None,
+        stage: str,
+        monitor: str | None,
+        made_from: Sequence[str] = (),
+        accept: Callable[[Logs], bool] = lambda logs: True,
+    ) -> None:
         super().__init__()
-        self.run, self.stage, self.monitor = run, stage, monitor
+        self.run, self.stage, self.monitor, self.accept = run, stage, monitor, accept
         self.inputs = run.checksums(made_from) if run else {}
         self.folder = run.folder / "checkpoint" if run else None
         self.counters: dict[str, Any] = {"epoch": 0, "best": float("inf"), "best_epoch": 0}
@@ -416,9 +426,10 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         return weights | {f"optimizer_{i:03d}": variable for i, variable in enumerate(network.optimizer.variables)}
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        value = float((logs or {})[self.monitor]) if self.monitor else -float(epoch)
+        logs = logs or {}
+        value = float(logs[self.monitor]) if self.monitor else -float(epoch)
         self.counters["epoch"] = epoch + 1
-        if value < self.counters["best"]:
+        if value < self.counters["best"] and (self.best_weights is None or self.accept(logs)):
             self.counters |= {"best": value, "best_epoch": epoch + 1}
             self.best_weights = self.model.get_weights()
         if not self.folder:
@@ -445,7 +456,7 @@ class CSVHistory(keras.callbacks.Callback):
     # Columns in this order; with two levels, a level's name precedes some of them, as in top_codebook.
     ORDER = (
         *("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code"),
-        *("agreement", "pixel", "feature", "adversarial", "discriminator", "real_logit", "fake_logit"),
+        *("discriminator", "smoothness", "agreement", "pixel", "feature", "adversarial", "real_logit", "fake_logit"),
     )
 
     def __init__(self, run: Run, stage: str) -> None:

@@ -141,6 +141,11 @@ def test_the_discriminator_sees_the_same_square_of_all_images(vqvae):
     assert len(corners) > 15
 
 
+def test_a_discriminator_that_has_memorised_subjects_is_found():
+    assert sharp.has_not_memorised({"real_logit": 0.8, "val_real_logit": 0.7})
+    assert not sharp.has_not_memorised({"real_logit": 0.8, "val_real_logit": -0.2})
+
+
 def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
     decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
     decoder.save(tmp_path / "decoder.keras")

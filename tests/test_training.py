@@ -400,17 +400,19 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path, monkeypatch):
     assert loss == pytest.approx(best["val_loss"], rel=1e-5)
 
 
-def test_the_last_weights_are_kept_if_no_metric_is_monitored(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("accepted", "kept"), [(2, 1), (0, 0)])
+def test_the_last_weights_that_are_accepted_are_kept_if_no_metric_is_monitored(tmp_path, monkeypatch, accepted, kept):
     def worse(epoch: int) -> tf.data.Dataset:
         """Batches whose second epoch leads away from the validation data."""
         return batches(epoch).map(lambda x, y: (x, y if epoch == 0 else -100 * y))
 
-    trained = train(tmp_path, monkeypatch, monitor=None, epochs=2, batches=worse)
+    verdicts = iter([True] * accepted + [False] * 2)
+    trained = train(tmp_path, monkeypatch, monitor=None, epochs=2, batches=worse, accept=lambda metrics: next(verdicts))
     rows = history(tmp_path)
     assert rows[-1]["val_loss"] > rows[0]["val_loss"]
     x, y = batch(100)
     loss = float(np.mean((y - keras.ops.convert_to_numpy(trained(x))) ** 2))
-    assert loss == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
+    assert loss == pytest.approx(rows[kept]["val_loss"], rel=1e-5)
 
 
 def test_only_the_part_that_is_used_is_saved_and_loaded(tmp_path, monkeypatch):
