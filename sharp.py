@@ -210,7 +210,7 @@ class Discriminator(keras.Model):
             values = convolution(features[-1])
             values = ops.leaky_relu(self.norms[i - 1](values) if i else values, NEGATIVE_SLOPE)
             if 0 < i <= NUM_POOLINGS:
-                values = ops.average_pool(values, 2, padding="same")
+                values = ops.average_pool(values, 2, strides=2, padding="same")
             features.append(values)
         last = ops.cast(features[-1], "float32")
         condition = self.position(position_features(positions))[:, None, None]

@@ -33,6 +33,7 @@ STEPS = {  # the file that each step ends with, in order, and the step
     "config.json": "before anything was written",
     "vqvae.keras": "while training the VQ-VAE",
     "prior.keras": "while training the prior",
+    "decoder.keras": "while training the sharp decoder",
     "critic.keras": "while training the critic",
     "samples/codes.npy": "while sampling",
     "metrics.json": "while measuring",
@@ -95,7 +96,7 @@ def kill_and_compare(options: Options, folder: Path) -> dict[str, Any]:
 
 def driver_command(options: Options, data_dir: Path, run_dir: Path) -> list[str]:
     """Return the command of one small run."""
-    epochs = ["--vqvae-epochs", str(options.epochs), "--prior-epochs", str(options.epochs)]
+    epochs = [f"--{stage}-epochs={options.epochs}" for stage in ("vqvae", "prior", "decoder")]
     folders = ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
     return [sys.executable, "driver.py", *folders, *CONSTANTS, *epochs]
 

@@ -163,13 +163,14 @@ def arguments(tmp_path_factory) -> list:
     """Command line of a small run."""
     folder = tmp_path_factory.mktemp("slices")
     phantom.write_pngs(folder, num_subjects=6, num_positions=4, image_size=32)
-    return ["--data-dir", folder, *kill.CONSTANTS, "--vqvae-epochs", "2", "--prior-epochs", "1"]
+    epochs = ["--vqvae-epochs", "2", "--prior-epochs", "1", "--decoder-epochs", "1"]
+    return ["--data-dir", folder, *kill.CONSTANTS, *epochs]
 
 
 def test_a_stopped_run_on_two_devices_ends_bitwise_identical(tmp_path, arguments):
     uninterrupted, stopped = tmp_path / "uninterrupted" / "run", tmp_path / "stopped" / "run"
     process = start(TWO_CPUS + DRIVE + UNINTERRUPTED_AND_STOPPED, uninterrupted, stopped, *arguments, "--devices", "2")
-    assert printed(process) == "3"  # the second epoch of the VQ-VAE, the prior and the critic
+    assert printed(process) == "4"  # the second epoch of the VQ-VAE, the prior, the sharp decoder and the critic
     assert kill.differences(uninterrupted, stopped) == []
     assert (stopped / "prior.keras").exists()
 
@@ -178,7 +179,7 @@ def test_on_jax_two_devices_and_two_processes_train_like_one_device_and_resume(t
     pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
     folders = [tmp_path / name for name in ("one", "two", "stopped")]
     one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *arguments, **ON_JAX)))
-    assert len(one) == 4
+    assert len(one) == 5
     assert np.isfinite(json.loads((folders[0] / "metrics.json").read_text())["ssim"])
     assert json.loads((folders[0] / "config.json").read_text())["versions"]["backend"] == "jax"
     assert (folders[0] / "report.html").exists()

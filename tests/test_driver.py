@@ -86,7 +86,7 @@ def picture_files(num_levels: int = 1, is_sharp: bool = True) -> set[str]:
 
 def test_a_run_writes_every_file(finished):
     folder = finished.run_dir
-    networks = {"vqvae.keras", "prior.keras", "critic.keras"}
+    networks = {"vqvae.keras", "prior.keras", "decoder.keras", "critic.keras"}
     names = {"config.json", "history.csv", "metrics.json", "test_slices.csv", "report.html", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == networks | names | {"images", "samples", "logs", ".lock"}
     assert {path.name for path in (folder / "images").iterdir()} == picture_files()
@@ -109,7 +109,8 @@ def test_the_history_has_a_row_per_epoch(finished):
     with open(finished.run_dir / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     stages = [(row["stage"], row["epoch"]) for row in rows]
-    assert stages == [("vqvae", "1"), ("vqvae", "2"), ("prior", "1"), ("prior", "2"), ("critic", "1")]
+    epochs = {"vqvae": 2, "prior": 2, "decoder": 1, "critic": 1}
+    assert stages == [(stage, str(epoch + 1)) for stage, count in epochs.items() for epoch in range(count)]
     names = list(rows[0])
     assert names.index("reconstruction") < names.index("codebook") < names.index("commitment")
     assert all(float(rows[0][f"val_{name}"]) for name in ("loss", "reconstruction", "ssim", "perplexity"))
@@ -217,7 +218,7 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     for name in ("prior.keras", "samples/codes.npy", "metrics.json", "images/reconstructions.png", "report.html"):
         assert before[name] != after[name]
     names = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
-    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["critic"]
+    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["decoder", "critic"]
 
 
 def test_a_finished_run_refuses_other_slices(finished, tmp_path):
@@ -344,7 +345,7 @@ def test_two_levels_of_cropped_slices_run_end_to_end(tmp_path, capsys):
     assert np.load(tmp_path / "run" / "samples" / "bottom_codes.npy").shape == (3, 8, 8)
     with open(tmp_path / "run" / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    epochs = {"vqvae": 2, "top_prior": 2, "bottom_prior": 2, "top_critic": 1, "bottom_critic": 1}
+    epochs = {"vqvae": 2, "top_prior": 2, "bottom_prior": 2, "decoder": 1, "top_critic": 1, "bottom_critic": 1}
     assert [row["stage"] for row in rows] == [stage for stage, count in epochs.items() for _ in range(count)]
     assert float(rows[0]["top_perplexity"]) > 0
     assert float(rows[0]["val_bottom_codes_used"]) > 0
@@ -373,7 +374,7 @@ def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
         return make_figure(width, height, title, note)
 
     monkeypatch.setattr(plots, "_figure", figure)
-    driver.main(tiny(tmp_path, data_dir=None, synthetic_subjects=6, vqvae_epochs=1, prior_epochs=1))
+    driver.main(tiny(tmp_path, data_dir=None, synthetic_subjects=6, vqvae_epochs=1, prior_epochs=1, decoder_epochs=0))
     assert "SYNTHETIC" in capsys.readouterr().out.splitlines()[0]
     assert len(notes) == len(picture_files())
     assert all("SYNTHETIC" in note for note in notes)
