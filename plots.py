@@ -73,7 +73,7 @@ def decoder_loss(path: Path, history: History, note: str = "") -> None:
     figure = _figure(11, 3.2, "Sharp decoder", note)
     agreement, discriminator, verdicts = figure.subplots(1, 3)
     _curves(agreement, history, "agreement")
-    agreement.set(title="difference of blurred images", xlabel="epoch", ylabel="mean absolute error")
+    agreement.set(title="difference of blurred images", xlabel="epoch", ylabel="mean squared error")
     _curves(discriminator, history, "discriminator")
     discriminator.set(title="loss of the discriminator", xlabel="epoch", ylabel="hinge loss")
     _curves(verdicts, history, "real_logit", "real, ")
@@ -199,13 +199,14 @@ def invented_detail(
     rows, count = drawn.shape[:2]
     figure = _figure(1.5 * (count + 2), 1.65 * rows + 0.7, "What codes leave open: the same codes, new noise", note)
     spread = drawn.std(axis=1)
+    brightest = max(0.05, float(spread.max()))
     for i, line in enumerate(figure.subplots(rows, count + 2, squeeze=False)):
         _image(line[0], originals[i], title="" if i else "original")
         line[0].set_ylabel(labels[i])
         for j in range(count):
             _image(line[j + 1], drawn[i, j], title="" if i else f"noise {j + 1}")
-        line[-1].imshow(spread[i, ..., 0], cmap="magma", vmin=0, vmax=max(0.05, float(spread.max())))
-        line[-1].set_title("" if i else "deviation", fontsize=8)
+        line[-1].imshow(spread[i, ..., 0], cmap="magma", vmin=0, vmax=brightest)
+        line[-1].set_title("" if i else f"deviation, 0 to {brightest:.2f}", fontsize=8)
         _remove_frame(line[-1])
     _save(figure, path)
 
