@@ -87,6 +87,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "prior_filters": 64,
             "prior_blocks": 4,
             "prior_epochs": 10,
+            "decoder_epochs": 6,
         },
     ),
     "student96": (

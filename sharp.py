@@ -271,6 +271,10 @@ class DecoderTuning(keras.Model):
         self.smoothness_weight = smoothness_weight
         self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, "noise of the decoder"))
         self.blur = gaussian_matrix(decoder.image_size, BLUR_SIGMA, int(3 * BLUR_SIGMA))
+        # Not the optimizer's counter, which cannot be read within a step on JAX.
+        self.step = self.add_weight(
+            shape=(), dtype="int32", initializer="zeros", trainable=False, aggregation="only_first_replica", name="step"
+        )
         self.means = {name: keras.metrics.Mean(name=name) for name in METRICS}
         self.built = True
 
@@ -297,7 +301,8 @@ class DecoderTuning(keras.Model):
                 the codes that `call` reads.
             y: Ignored.
             y_pred: Decoded images (B, H, W, 1).
-            sample_weight, training: Ignored.
+            sample_weight: Ignored.
+            training: Whether this is a training step, which is counted.
         """
         positions, encoded = x["positions"], 1 - ops.cast(x["drawn"], "float32")[:, None, None, None]
         real, target = (ops.cast(x[name], "float32") / 255 for name in ("images", "targets"))
@@ -324,11 +329,13 @@ class DecoderTuning(keras.Model):
         for name, value in {**terms, **logits}.items():
             self.means[name].update_state(value, sample_weight=ops.shape(real)[0])
         loss = sum(weight * terms[name] for name, weight in self._weights().items())
+        if training:
+            self.step.assign_add(1)
         return loss / replica_index_and_count()[1]  # Keras sums the gradients of all replicas.
 
     def _weights(self) -> dict[str, Tensor | float]:
         """Return the weights of the terms of the loss at this step."""
-        progress = ops.cast(self.optimizer.iterations, "float32") / self.total_steps
+        progress = ops.cast(self.step, "float32") / self.total_steps
         taught = ops.clip((progress - ALONE) / RAMP, 0, 1)
         return {
             "discriminator": 1.0,
