@@ -333,6 +333,20 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255
 
 
+def spread_over_positions(positions: np.ndarray, count: int) -> np.ndarray:
+    """Choose slices from the lowest to the highest position.
+
+    Args:
+        positions: (N,) slice positions.
+        count: Number of slices; fewer are chosen if there are fewer.
+
+    Returns:
+        Indices of the chosen slices, ordered by position.
+    """
+    ranks = np.unique(np.linspace(0, len(positions) - 1, min(count, len(positions))).astype(int))
+    return np.argsort(positions, kind="stable")[ranks]
+
+
 def image_batches(
     slices: Slices,
     batch_size: int,

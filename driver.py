@@ -48,6 +48,7 @@ class Config:
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT
     process_index: int = 0  # of this process, from 0; only the first one writes files
+    previews: int = 10  # sheets of pictures that each stage draws while it is trained, in previews/; 0: none
     vqvae_epochs: int = 30  # the epoch with the best validation loss is kept
     vqvae_learning_rate: float = 1e-3  # peak; it rises over the first steps, then falls to 0 along a cosine
 
@@ -106,7 +107,6 @@ import training
 from generator import Generator, Results, code_files, make_samples
 from run import LAST_RESULT, Run, remove, versions, write_json, write_table
 from stages import Codes, Slices
-from training import Stage
 
 # ------------------------------------------------------------------------------------------------ the steps
 
@@ -135,10 +135,9 @@ def main(config: Config) -> dict[str, Any]:
                 print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
                 return summarize(config, run) if run else {}
             encoder, codes = train_vqvae(config, run, slices)
-            generator = train_priors(config, run, stages.prior_stages(config, slices, codes, encoder), encoder)
+            generator = train_priors(config, run, slices, codes, encoder)
             generator = train_decoder(config, run, slices, codes, generator)
-            critic_stages = stages.prior_stages(config, slices, codes, encoder, critic=True)
-            critic = train_priors(config, run, critic_stages, encoder)
+            critic = train_priors(config, run, slices, codes, encoder, critic=True)
             devices.shutdown()
             if not run:
                 return {}
@@ -174,13 +173,16 @@ def train_vqvae(config: Config, run: Run | None, slices: Slices) -> tuple[Genera
     return encoder, {split: encoder.encode(split_slices.images) for split, split_slices in slices.items()}
 
 
-def train_priors(config: Config, run: Run | None, wanted: list[Stage], encoder: Generator) -> Generator:
-    """Train one prior per level. Returns them together with the VQ-VAE."""
-    settings = options.training_settings(config)
-    priors = [
-        training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)}) for stage in wanted
-    ]
-    return Generator(encoder.vqvae, priors, encoder.positions, config.batch_size, encoder.crop)
+def train_priors(
+    config: Config, run: Run | None, slices: Slices, codes: Codes, encoder: Generator, critic: bool = False
+) -> Generator:
+    """Train one prior, or critic, per level, the coarsest first. Returns them together with the VQ-VAE."""
+    generator, settings = encoder, options.training_settings(config)
+    for _ in config.grids:
+        stage = stages.prior_stage(config, slices, codes, generator, critic)
+        prior = training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)})
+        generator = generator.replace(priors=[*generator.priors, prior])
+    return generator
 
 
 def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes, generator: Generator) -> Generator:
@@ -189,9 +191,7 @@ def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes,
         return generator
     stage = stages.decoder_stage(config, slices, codes, generator)
     decoder = training.train(stage, run, **options.training_settings(config) | {"start_from": None})
-    if not config.sharp_samples:
-        return generator
-    return Generator(generator.vqvae, generator.priors, generator.positions, config.batch_size, generator.crop, decoder)
+    return generator.replace(decoder=decoder) if config.sharp_samples else generator
 
 
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:
@@ -204,6 +204,7 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     run.make(results.samples.files, inputs, results.samples.save)
     run.make("metrics.json", inputs, lambda path: write_json(path, measure(config, results)))
     run.make("test_slices.csv", inputs, lambda path: write_table(path, metrics.slice_rows(results)))
+    run.make("blind_test_key.csv", inputs, lambda path: write_table(path, pictures.blind_test(results)[1]))
     results = replace(results, numbers=run.read_metrics())
     inputs += ["metrics.json"]
     for picture in names:

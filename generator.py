@@ -6,6 +6,7 @@ generator = Generator.load("runs/oasis96")
 images = generator.sample([10, 12], seed=1, temperature=0.9)     # (2, 96, 96, 1) float32 in [0, 1]
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ class Generator:
         if constants.get("decoder_epochs") and constants["sharp_samples"]:
             decoder = training.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
         return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder)
+
+    def replace(self, **parts: Any) -> "Generator":
+        """Return a copy of which some parts, named as the arguments of the constructor, are replaced."""
+        other = copy.copy(self)
+        vars(other).update(parts)
+        return other
 
     @property
     def level_names(self) -> tuple[str, ...]:

@@ -100,8 +100,9 @@ class VQVAE(keras.Model):
     vector is zero, and the cells of the finest grid with this code are decoded to black. No other cell gets it. No code
     is then spent on details of the brain outside of the brain, and no sample has anything in the background.
 
-    An encoder halves its input with 4 × 4 convolutions of stride 2. The first convolution on the image has `channels`
-    channels, all others twice as many. At the resolution of the level's grid they are followed by `residual_blocks`
+    An encoder halves its input with 4 × 4 convolutions of stride 2, which have twice `channels` channels. Those on the
+    image begin with `channels` channels; if there are more than three, with half as many for each further one, and the
+    number doubles from one to the next. At the resolution of the level's grid they are followed by `residual_blocks`
     residual blocks, and at twice that resolution by half as many. Decoders mirror the encoders with transposed
     convolutions. The loss is equation 3 of van den Oord et al. 2017, summed over the levels, with the reconstruction
     term
@@ -112,7 +113,7 @@ class VQVAE(keras.Model):
         image_size: Height and width of an image in pixels.
         grids: Height and width of the code grid of each level, one or two, coarsest first. Each is smaller than the
             next by a power of two, and the last than the image.
-        channels: Number of channels of the first convolution. All others have twice as many.
+        channels: Half of the number of channels at the resolution of a grid; see above.
         residual_blocks: Number of residual blocks at the resolution of a grid, in encoder and decoder each.
         num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, dead_code_threshold, seed: See
             `VectorQuantizer`. They are the same for all levels, but each level has its own random stream.
@@ -371,7 +372,10 @@ def _widths_and_blocks(
     """Return the number of channels and of residual blocks after each halving of a level's encoder."""
     finer = [*grids[1:], image_size][level]
     halvings = int(math.log2(finer // grids[level]))
-    widths = [channels if finer == image_size and i == 0 else 2 * channels for i in range(halvings)]
+    widths = [2 * channels] * halvings
+    if finer == image_size:
+        narrow = max(1, halvings - 2)  # convolutions at high resolution, which cost most and need few channels
+        widths[:narrow] = [max(1, channels >> i) for i in reversed(range(narrow))]
     return widths, [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]
 
 

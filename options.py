@@ -23,7 +23,8 @@ import pngs
 
 Config = TypeVar("Config", bound=Any)
 
-RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index")  # Not saved with a run.
+# Not saved with a run.
+RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index", "previews")
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
 SAMPLING_FIELDS = (
     "num_samples",
@@ -63,16 +64,9 @@ _EARLIER_WORK = {
 # Name, description, and the constants that differ from driver.py's.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
-    "oasis128": (
-        "128 x 128, two levels of 16 x 16 and 32 x 32 codes",
-        {
-            "image_size": 128,
-            "grids": (16, 32),
-            "channels": 32,
-            "vqvae_epochs": 15,
-            "prior_epochs": 6,
-            "decoder_epochs": 6,
-        },
+    "oasis192": (
+        "192 x 192, the pixels of OASIS slices as they are, one level of 12 x 12 codes",
+        {"image_size": 192, "vqvae_epochs": 20, "decoder_epochs": 6},
     ),
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",
@@ -83,11 +77,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "channels": 24,
             "num_embeddings": 128,
             "embedding_dim": 16,
-            "vqvae_epochs": 15,
+            "batch_size": 8,
+            "vqvae_epochs": 20,
             "prior_filters": 64,
             "prior_blocks": 4,
-            "prior_epochs": 10,
-            "decoder_epochs": 6,
+            "prior_epochs": 8,
+            "decoder_epochs": 8,
         },
     ),
     "student96": (
@@ -210,7 +205,7 @@ def run_folder(config: Any) -> Path:
 
 def training_settings(config: Any) -> dict[str, Any]:
     """Keyword arguments of `training.train` that all stages share."""
-    names = {"seed": "seed", "precision": "precision", "num_devices": "devices", "start_from": "start_from"}
+    names = {"num_devices": "devices"} | {name: name for name in ("seed", "precision", "start_from", "previews")}
     return {argument: getattr(config, name) for argument, name in names.items()}
 
 
@@ -272,7 +267,7 @@ def check(config: Any) -> None:
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
     for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight", "adversarial_weight"):
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
-    for name in ("seed", "residual_blocks", "decoder_epochs", "top_k", "process_index"):
+    for name in ("seed", "residual_blocks", "decoder_epochs", "top_k", "process_index", "previews"):
         require(name, lambda v: v >= 0, "0 or more")
     require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
     for name in ("prior_attention", "bottom_prior_attention"):

@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
+import dataset
 import metrics
 import model
 import plots
+import seeds
 from dataset import to_float
 from generator import Generator, Results
 from plots import History
 
 NUM_NOISES = 8  # Images that are drawn from the same codes.
+NUM_BLIND = 48  # Images in the test for people.
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ def of_run(num_levels: int, is_sharp: bool) -> tuple[Picture, ...]:
 def _shown(results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Choose up to ten test slices, spread over the positions: indices, images (N, H, W, 1) and labels."""
     test = results.slices["test"]
-    ranks = np.unique(np.linspace(0, len(test) - 1, min(10, len(test))).astype(int))
-    index = np.argsort(test.positions, kind="stable")[ranks]
+    index = dataset.spread_over_positions(test.positions, 10)
     return index, to_float(test.images[index]), [f"slice {position}" for position in test.positions[index]]
 
 
@@ -201,6 +204,40 @@ def _draw_invented_detail(path: Path, results: Results) -> None:
     plots.invented_detail(path, originals, np.stack(drawn), labels, results.note)
 
 
+def blind_test(results: Results) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Choose slices of all kinds for a test of people, in random order: as many of each kind as possible.
+
+    If there are enough test slices, none is chosen twice, so that an original cannot be found by its reconstruction.
+
+    Returns:
+        Images (N, H, W, 1) in [0, 1], N at most `NUM_BLIND`, and the key: a row for each of them, with its number from
+        1, its kind, its slice position, and the subject, which is empty for generated slices.
+    """
+    test, samples = results.slices["test"], results.compared_samples["test"]
+    sets = {"real": to_float(test.images), "faithful reconstruction": results.reconstructions["test"]}
+    if results.sharp_reconstructions is not None:
+        sets["sharp reconstruction"] = results.sharp_reconstructions
+    random = seeds.generator(results.sampling["seed"], "test for people")
+    each = max(1, min(NUM_BLIND // (len(sets) + 1), len(test) // len(sets), len(samples)))
+    chosen = np.split(np.resize(random.permutation(len(test)), each * len(sets)), len(sets))
+    tiles = [
+        (images[i], {"kind": kind, "position": int(test.positions[i]), "subject": test.subjects[i]})
+        for (kind, images), index in zip(sets.items(), chosen, strict=True)
+        for i in index
+    ]
+    tiles += [
+        (samples.images[i], {"kind": "generated", "position": int(samples.positions[i]), "subject": ""})
+        for i in random.permutation(len(samples))[:each]
+    ]
+    mixed = [tiles[i] for i in random.permutation(len(tiles))]
+    key = [{"number": number, **row} for number, (_, row) in enumerate(mixed, 1)]
+    return np.array([image for image, _ in mixed]), key
+
+
+def _draw_blind_test(path: Path, results: Results) -> None:
+    plots.numbered(path, blind_test(results)[0], "Which of these slices are real?", results.note)
+
+
 def _draw_prior_loss(path: Path, results: Results) -> None:
     names = model.prior_names(len(results.generator.level_names))
     histories = {name: _history(results, name) for name in names}
@@ -234,6 +271,12 @@ PICTURES = (
         "The codes of a slice, decoded by the sharp decoder with different noise, and the standard deviation of each "
         "pixel: bright where the codes leave open what the decoder draws.",
         needs_sharp_decoder=True,
+    ),
+    Picture(
+        "blind_test",
+        _draw_blind_test,
+        "A test for people: real test slices, reconstructions and generated slices in random order, as many of each. "
+        "Decide which are real, then look at the key, blind_test_key.csv.",
     ),
     Picture(
         "worst_reconstructions",

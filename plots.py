@@ -225,6 +225,20 @@ def samples(path: Path, images: np.ndarray, positions: np.ndarray, note: str = "
     _save(figure, path)
 
 
+def numbered(path: Path, images: np.ndarray, title: str, note: str = "") -> None:
+    """Draw images (N, H, W, 1) in [0, 1] in a grid, numbered from 1."""
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    figure = _figure(1.5 * columns, 1.65 * rows + 0.5, title, note)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False), 1):
+        axes.set_axis_on()
+        _image(axes, image, title=str(number))
+    _save(figure, path)
+
+
 def samples_by_position(
     path: Path, originals: np.ndarray, images: np.ndarray, positions: np.ndarray, note: str = ""
 ) -> None:

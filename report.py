@@ -145,6 +145,7 @@ def write(path: Path, name: str, constants: dict[str, Any], results: Results) ->
         control_descriptions=comparison.CONTROLS,
         leading_pictures=shown[:LEADING_PICTURES],
         other_pictures=shown[LEADING_PICTURES:],
+        blind_test_key=pictures.blind_test(results)[1],
         grids=" and ".join(f"{grid}\u00a0×\u00a0{grid}" for grid in constants["grids"]),
         epochs=Counter(row["stage"].replace("vqvae", "VQ-VAE").replace("_", " ") for row in results.history),
         note=results.note,

@@ -20,6 +20,7 @@ from training import Stage
 
 Slices = dict[str, dataset.Slices]  # By split.
 Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
+NUM_PREVIEWED = 8  # Validation slices in a preview.
 
 # --------------------------------------------------------------------------------------------- networks
 
@@ -124,24 +125,20 @@ def vqvae_stage(config: Any, slices: Slices) -> Stage:
         monitor="val_reconstruction",
         epochs=config.vqvae_epochs,
         learning_rate=config.vqvae_learning_rate,
+        preview=lambda network: preview_of_vqvae(config, slices, network),
         shown=("reconstruction", "ssim"),
         learning_rate_option="vqvae_learning_rate",
     )
 
 
-def prior_stages(config: Any, slices: Slices, codes: Codes, encoder: Generator, critic: bool = False) -> list[Stage]:
-    """How the priors, or the critics, are trained on code indices, the coarsest level first."""
-    return [prior_stage(config, slices, codes, encoder, level, critic) for level in range(len(config.grids))]
+def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator, critic: bool = False) -> Stage:
+    """How the next prior, or critic, of a generator is trained on code indices.
 
-
-def prior_stage(
-    config: Any, slices: Slices, codes: Codes, encoder: Generator, level: int, critic: bool = False
-) -> Stage:
-    """How the prior, or the critic, of one level is trained on code indices; level 0 is the coarsest.
-
-    With `prior_augment` the slices are augmented and encoded anew for each epoch.
+    The generator has the priors of all coarser levels. With `prior_augment` the slices are augmented and encoded anew
+    for each epoch.
     """
     shard, num_levels, train = devices.process_index_and_count(), len(config.grids), slices["train"]
+    level = len(generator.priors)
     names = model.critic_names(num_levels) if critic else model.prior_names(num_levels)
     draws = seeds.number(config.seed, f"augmentation for the {'critic' if critic else 'prior'}")  # alike for all levels
 
@@ -151,12 +148,15 @@ def prior_stage(
     def batches(epoch: int) -> Any:
         if config.prior_augment:
             parameters = {k: v.numpy() for k, v in augmentation.draw(len(train), draws, epoch).items()}
-            drawn = inputs(encoder.encode(train.images, parameters), train.positions)
+            drawn = inputs(generator.encode(train.images, parameters), train.positions)
             drawn["augmentation"] = augmentation.as_condition(parameters).numpy()
         else:
             drawn = inputs(codes["train"], train.positions)
         order = seeds.number(config.seed, names[level])
         return dataset.input_batches(drawn, "codes", config.batch_size, order, epoch, shard)
+
+    def preview(network: keras.Model) -> np.ndarray:
+        return preview_of_prior(config, slices, generator.replace(priors=[*generator.priors, network]))
 
     validation = inputs(codes["validate"], slices["validate"].positions)
     return Stage(
@@ -169,6 +169,7 @@ def prior_stage(
         epochs=critic_epochs(config) if critic else config.prior_epochs,
         learning_rate=config.prior_learning_rate,
         made_from=("slices", "vqvae.keras"),
+        preview=None if critic or level < num_levels - 1 else preview,
         shown=("bits_per_code",),
         learning_rate_option="prior_learning_rate",
     )
@@ -219,12 +220,47 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
         accept=sharp.has_not_memorised,
         epochs=config.decoder_epochs,
         learning_rate=config.decoder_learning_rate,
-        adam={
-            "beta_1": 0.0,
-            "global_clipnorm": None,
-        },  # The discriminator's gradients are far larger than the decoder's.
+        # The discriminator's gradients are far larger than the decoder's.
+        adam={"beta_1": 0.0, "global_clipnorm": None},
         part=lambda network: network.decoder,
+        preview=lambda network: preview_of_decoder(config, slices, codes, generator.replace(decoder=network.decoder)),
         made_from=("slices", "vqvae.keras", *(f"{name}.keras" for name in model.prior_names(len(config.grids)))),
         shown=("agreement", "discriminator"),
         learning_rate_option="decoder_learning_rate",
     )
+
+
+# ----------------------------------------------------------------------------------------------- previews
+
+
+def preview_of_vqvae(config: Any, slices: Slices, vqvae: model.VQVAE) -> np.ndarray:
+    """Draw validation slices above their reconstructions; see `Stage.preview`."""
+    images = slices["validate"].images[_previewed(slices)]
+    encoder = Generator(vqvae, [], np.unique(slices["train"].positions), config.batch_size)
+    return _sheet(dataset.to_float(images), encoder.reconstruct(images))
+
+
+def preview_of_prior(config: Any, slices: Slices, generator: Generator) -> np.ndarray:
+    """Draw validation slices above two samples at the position of each."""
+    images, positions = (getattr(slices["validate"], name)[_previewed(slices)] for name in ("images", "positions"))
+    samples = generator.sample(np.tile(positions, 2), config.seed, purpose="previews")
+    return _sheet(dataset.to_float(images), *np.split(samples, 2))
+
+
+def preview_of_decoder(config: Any, slices: Slices, codes: Codes, generator: Generator) -> np.ndarray:
+    """Draw validation slices, their reconstructions by both decoders, and samples of the sharp decoder."""
+    index = _previewed(slices)
+    images, positions = (getattr(slices["validate"], name)[index] for name in ("images", "positions"))
+    own = [indices[index] for indices in codes["validate"]]
+    samples = generator.sample(positions, config.seed, purpose="previews")
+    return _sheet(dataset.to_float(images), generator.decode(own), generator.draw(own, config.seed), samples)
+
+
+def _previewed(slices: Slices) -> np.ndarray:
+    """Indices of the validation slices that previews show."""
+    return dataset.spread_over_positions(slices["validate"].positions, NUM_PREVIEWED)
+
+
+def _sheet(*rows: np.ndarray) -> np.ndarray:
+    """Place rows of images, (N, H, W, 1) each, below one another: one image, (R · H, N · W)."""
+    return np.concatenate([np.concatenate(list(row[..., 0]), axis=1) for row in rows])

@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 import console
 import devices
@@ -47,6 +48,7 @@ class Stage:
         adam: Arguments of Adam that differ from those of `make_optimizer`.
         part: Returns the part of the network that is saved and used; the rest is needed in training only.
         made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
+        preview: Draws a small sheet of images, (H, W) in [0, 1], with a network that is not trained to the end yet.
         shown: Names of the metrics in the line that is printed per epoch.
         learning_rate_option: Name of the constant that sets the learning rate, for messages.
     """
@@ -63,6 +65,7 @@ class Stage:
     adam: Mapping[str, Any] = field(default_factory=dict)
     part: Callable[[keras.Model], keras.Model] = lambda network: network
     made_from: Sequence[str] = ("slices",)
+    preview: Callable[[keras.Model], np.ndarray] | None = None
     shown: Sequence[str] = ("loss",)
     learning_rate_option: str = "learning_rate"
 
@@ -74,6 +77,7 @@ def train(
     precision: str = "float32",
     num_devices: int = 1,
     start_from: Path | None = None,
+    previews: int = 0,
 ) -> keras.Model:
     """Train a stage's network, or continue to, and save the best one on validation; load it if that is done already.
 
@@ -84,6 +88,7 @@ def train(
         precision: Keras dtype policy of training. The network that is returned and saved uses float32.
         num_devices: Number of devices of this process that share each batch.
         start_from: Folder of the network whose weights training begins with, if `Run.start` was given its checksum.
+        previews: Number of sheets that `Stage.preview` draws, evenly over the epochs.
 
     Returns:
         The network, or the part of it that is used, with the weights of its best epoch.
@@ -117,7 +122,7 @@ def train(
         else:
             _set_initial_weights(trained, network, run, file, start_from)
         if epochs_done < stage.epochs:
-            fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint))
+            fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint, previews))
     network.set_weights(checkpoint.best_weights)
     print(f"best epoch: {checkpoint.counters['best_epoch']}")
     if run:
@@ -167,7 +172,8 @@ def _set_initial_weights(
     """
     weights = None
     if run:
-        remove(run.folder / "logs" / Path(file).stem)  # Of an earlier training.
+        for folder in ("logs", "previews"):  # Of an earlier training.
+            remove(run.folder / folder / Path(file).stem)
         if expected := run.facts.get(f"start_from/{file}"):
             path = (start_from or Path()) / file
             if not path.is_file() or checksum(path) != expected:
@@ -184,10 +190,21 @@ def _set_initial_weights(
 
 
 def _callbacks(
-    stage: Stage, run: Run | None, seed: int, network: keras.Model, checkpoint: "ResumableCheckpoint"
+    stage: Stage,
+    run: Run | None,
+    seed: int,
+    network: keras.Model,
+    checkpoint: "ResumableCheckpoint",
+    previews: int,
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a stage. The checkpoint comes last: an epoch counts once everything else has recorded it."""
-    writing = [CSVHistory(run, stage.name), TensorBoardScalars(_log_folder(run, stage))] if run else []
+    writing: list[keras.callbacks.Callback] = []
+    if run:
+        logs = _log_folder(run, stage)
+        writing = [CSVHistory(run, stage.name), TensorBoardScalars(logs)]
+        if stage.preview and previews:
+            folder = run.folder / "previews" / stage.name
+            writing.append(Previews(stage.preview, network, stage.epochs, previews, folder, logs))
     return [
         ReseedEachEpoch(seed),
         TerminateOnNonFinite(checkpoint, stage.learning_rate_option, network),
@@ -498,6 +515,47 @@ class TensorBoardScalars(keras.callbacks.Callback):
                 tf.summary.scalar(name.removeprefix("val_"), value, step=epoch + 1)
         for writer in self.writers.values():
             writer.flush()
+
+
+class Previews(keras.callbacks.Callback):
+    """Draws sheets of images while a network is trained, as PNGs and for TensorBoard.
+
+    Args:
+        draw: Draws a sheet with a network; see `Stage`.
+        network: A network of the same architecture in float32, which gets the weights of the trained one.
+        epochs: Number of epochs.
+        count: Number of sheets, evenly over the epochs. The last one comes after the last epoch.
+        folder: Where the PNGs are written.
+        logs: Folder of the stage's logs.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[keras.Model], np.ndarray],
+        network: keras.Model,
+        epochs: int,
+        count: int,
+        folder: Path,
+        logs: str,
+    ) -> None:
+        super().__init__()
+        self.draw, self.network, self.epochs, self.count = draw, network, epochs, count
+        self.folder, self.logs = folder, logs
+
+    @functools.cached_property
+    def writer(self) -> Any:
+        return tf.summary.create_file_writer(f"{self.logs}/previews")
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        if (epoch + 1) * self.count // self.epochs == epoch * self.count // self.epochs:
+            return
+        self.network.set_weights(self.model.get_weights())
+        sheet = (np.clip(self.draw(self.network), 0, 1) * 255).round().astype(np.uint8)
+        with atomic_path(self.folder / f"epoch_{epoch + 1:03d}.png") as unfinished:
+            Image.fromarray(sheet).save(unfinished, "PNG")
+        with self.writer.as_default():
+            tf.summary.image("preview", sheet[None, ..., None], step=epoch + 1)
+        self.writer.flush()
 
 
 class EpochSummary(keras.callbacks.Callback):

@@ -191,7 +191,8 @@ def train_prior(
 ) -> model.PixelCNN:
     """Train a prior and return it, in float32, with the weights of its best epoch."""
     config = dataclasses.replace(variant.config, prior_epochs=options.epochs)
-    stage = stages.prior_stage(config, slices, codes, encoder, options.level)
+    coarser = encoder.replace(priors=encoder.priors[: options.level])
+    stage = stages.prior_stage(config, slices, codes, coarser)
     prior = variant.make()
     with training.dtype_policy(options.precision):
         trained = variant.make()

@@ -51,6 +51,7 @@ def tiny(root: Path, **constants) -> driver.Config:
         "prior_attention": 1,
         "prior_epochs": 2,
         "decoder_epochs": 1,
+        "previews": 0,
         "num_samples": 3,
     }
     return driver.Config(**{**settings, **constants})
@@ -87,12 +88,21 @@ def picture_files(num_levels: int = 1, is_sharp: bool = True) -> set[str]:
 def test_a_run_writes_every_file(finished):
     folder = finished.run_dir
     networks = {"vqvae.keras", "prior.keras", "decoder.keras", "critic.keras"}
-    names = {"config.json", "history.csv", "metrics.json", "test_slices.csv", "report.html", "manifest.json"}
-    assert {path.name for path in folder.iterdir()} == networks | names | {"images", "samples", "logs", ".lock"}
+    names = {"config.json", "history.csv", "metrics.json", "test_slices.csv", "blind_test_key.csv", "report.html"}
+    others = {"images", "samples", "logs", ".lock", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == networks | names | others
     assert {path.name for path in (folder / "images").iterdir()} == picture_files()
     assert len(list((folder / "samples").glob("sample_*_slice_*.png"))) == 3
     assert np.load(folder / "samples" / "codes.npy").shape == (3, 4, 4)
     assert list((folder / "logs").rglob("events*"))
+
+
+def test_the_key_of_the_blind_test_is_in_a_file_and_in_the_report(finished):
+    rows = list(csv.DictReader((finished.run_dir / "blind_test_key.csv").open(encoding="utf-8")))
+    page = (finished.run_dir / "report.html").read_text(encoding="utf-8")
+    assert {row["kind"] for row in rows} == {"real", "faithful reconstruction", "sharp reconstruction", "generated"}
+    for row in rows:
+        assert f"<td>{row['number']}</td><td>{row['kind']}</td><td>{row['position']}</td>" in page
 
 
 def test_the_configuration_is_saved_with_versions(finished):

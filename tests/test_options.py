@@ -71,8 +71,8 @@ def test_without_data_a_small_preset_for_synthetic_slices_is_the_default():
 
 
 def test_options_change_what_a_preset_sets():
-    config = parse("--preset", "oasis128", "--vqvae-epochs", "1")
-    assert (config.grids, config.vqvae_epochs) == ((16, 32), 1)
+    config = parse("--preset", "hierarchical256", "--vqvae-epochs", "1")
+    assert (config.grids, config.vqvae_epochs) == ((32, 64), 1)
 
 
 @pytest.mark.parametrize(

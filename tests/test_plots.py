@@ -204,6 +204,26 @@ def test_samples_by_position_use_the_sampling_options(tmp_path):
     assert sampled[-1] != "samples"  # Otherwise the picture would show the samples in samples/ again.
 
 
+@pytest.mark.parametrize("is_sharp", [True, False])
+def test_the_blind_test_has_as_many_of_each_kind_and_no_slice_twice(monkeypatch, is_sharp):
+    results, each = make_results(1, is_sharp), 2
+    monkeypatch.setattr(pictures, "NUM_BLIND", each * (4 if is_sharp else 3))
+    images, key = pictures.blind_test(results)
+    assert [row["number"] for row in key] == list(range(1, len(images) + 1))
+    kinds = [row["kind"] for row in key]
+    assert {kinds.count(kind) for kind in kinds} == {each}
+    shown = [row["position"] for row in key if row["kind"] != "generated"]  # Each position has one test slice.
+    assert len(set(shown)) == len(shown) == len(kinds) - each
+    test = results.slices["test"]
+    for image, row in zip(images, key, strict=True):
+        is_real = np.array_equal(image, test.images[row["position"]] / np.float32(255))
+        assert is_real == (row["kind"] == "real")
+        assert (row["subject"] == "") == (row["kind"] == "generated")
+    again, same = pictures.blind_test(results)
+    assert np.array_equal(again, images)
+    assert same == key
+
+
 def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "nearest_training_slices", lambda path, *arrays: drawn.append(arrays))

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -189,6 +190,9 @@ def test_findings_of_two_levels_name_the_level():
     assert mentioned(prior.bad, "50\u00a0% of the bottom codes")
 
 
+BLIND_TEST_KEY = [{"number": 1, "kind": "generated", "position": 12, "subject": ""}]
+
+
 def draw_blank_pictures(folder, num_levels, is_sharp=False):
     (folder / "images").mkdir()
     for picture in pictures.of_run(num_levels, is_sharp):
@@ -203,7 +207,8 @@ def run_folder(tmp_path):
 
 def write(folder, numbers=NUMBERS, note="", constants=CONSTANTS, history=HISTORY) -> str:
     results = SimpleNamespace(numbers=numbers, history=history, note=note)
-    report.write(folder / "report.html", folder.name, constants, results)
+    with mock.patch.object(pictures, "blind_test", return_value=(None, BLIND_TEST_KEY)):
+        report.write(folder / "report.html", folder.name, constants, results)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -245,6 +250,13 @@ def test_names_are_escaped(run_folder):
     page = write(run_folder)
     assert "case_&lt;b&gt;" in page
     assert "<oasis>" not in page
+
+
+def test_the_key_of_the_blind_test_is_folded_away_below_its_picture(run_folder):
+    page = write(run_folder)
+    (key,) = re.findall(r'<details class="key">.*?</details>', page, re.DOTALL)
+    assert "<td>1</td><td>generated</td><td>12</td><td></td>" in key
+    assert page.index("A test for people") < page.index(key) < page.index("lowest SSIM over the brain, worst first")
 
 
 def test_note_is_shown(run_folder):

@@ -40,11 +40,18 @@ def encoded(request) -> tuple[driver.Config, driver.Slices, Generator, driver.Co
     return config, slices, encoder, {split: encoder.encode(some.images) for split, some in slices.items()}
 
 
+def prior_stages(config, slices, codes, encoder, critic=False) -> list[training.Stage]:
+    """The stages of the priors, or critics, of all levels."""
+    priors = [stages.make_prior(config, level) for level in range(len(config.grids))]
+    generators = [encoder.replace(priors=priors[:level]) for level in range(len(config.grids))]
+    return [stages.prior_stage(config, slices, codes, generator, critic) for generator in generators]
+
+
 def epoch_of(encoded, epoch: int, critic: bool = False, **constants) -> list[dict[str, np.ndarray]]:
     """The inputs of each level's prior in an epoch, sorted by position."""
     config, slices, encoder, codes = encoded
     epochs = []
-    for stage in stages.prior_stages(dataclasses.replace(config, **constants), slices, codes, encoder, critic):
+    for stage in prior_stages(dataclasses.replace(config, **constants), slices, codes, encoder, critic):
         batches = list(stage.batches(epoch).take(stage.steps))
         assert all(np.array_equal(inputs["codes"], targets) for inputs, targets in batches)
         epochs.append({name: np.concatenate([inputs[name] for inputs, _ in batches]) for name in batches[0][0]})
@@ -95,7 +102,7 @@ def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(
     for level, inputs in enumerate(epoch_of(encoded, 1, prior_augment=False)):
         assert "augmentation" not in inputs
         assert np.array_equal(inputs["codes"], codes["train"][level])
-    for level, stage in enumerate(stages.prior_stages(config, slices, codes, encoder)):
+    for level, stage in enumerate(prior_stages(config, slices, codes, encoder)):
         ((inputs, targets),) = stage.validation
         assert inputs.keys() == {"codes", "positions"} | ({"coarse"} if level else set())
         assert np.array_equal(targets, codes["validate"][level])
@@ -105,7 +112,7 @@ def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(
 def test_critics_are_trained_for_half_of_the_epochs(encoded, epochs, expected):
     config = dataclasses.replace(encoded[0], prior_epochs=epochs)
     for critic, count in ((False, epochs), (True, expected)):
-        made = stages.prior_stages(config, encoded[1], encoded[3], encoded[2], critic)
+        made = prior_stages(config, encoded[1], encoded[3], encoded[2], critic)
         assert [stage.epochs for stage in made] == [count] * len(config.grids)
 
 
@@ -141,6 +148,23 @@ def test_the_decoder_is_trained_on_codes_of_slices_and_on_drawn_ones(encoded, de
     assert len(seen) == 3
     again = decoder_epoch(decoder_stage, 2)
     assert all(np.array_equal(again[name], values) for name, values in inputs.items())
+
+
+def test_previews_are_sheets_of_slices(encoded, decoder_stage):
+    config, slices, encoder, codes = encoded
+    size, count = config.image_size, len(slices["validate"])
+    priors = prior_stages(config, slices, codes, encoder)
+    sheets = {
+        2: stages.vqvae_stage(config, slices).preview(encoder.vqvae),
+        3: priors[-1].preview(stages.make_prior(config, len(config.grids) - 1)),
+        4: decoder_stage.preview(decoder_stage.make()),
+    }
+    for rows, sheet in sheets.items():
+        assert sheet.shape == (rows * size, count * size)
+        originals = np.concatenate(list(slices["validate"].images[..., 0]), axis=1) / np.float32(255)
+        assert np.array_equal(sheet[:size], originals)
+    assert not any(stage.preview for stage in priors[:-1])
+    assert not any(stage.preview for stage in prior_stages(config, slices, codes, encoder, critic=True))
 
 
 def test_the_decoder_is_judged_on_codes_of_unseen_slices(encoded, decoder_stage):

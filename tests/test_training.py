@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 import console
 import model
@@ -155,6 +156,7 @@ def train(
     start_from: Path | None = None,
     data_dir: str | None = None,
     batches: Callable[[int], tf.data.Dataset] = batches,
+    previews: int = 0,
     **changes: Any,
 ) -> keras.Model:
     """Train a small network, or continue to; returns it. `changes` are those of the stage."""
@@ -178,7 +180,7 @@ def train(
         initial = {"net.keras": checksum(start_from / "net.keras")}
     with monkeypatch.context() as patched, opened.start("data", initial):
         patched.setattr(training, "_callbacks", lambda *given: [*ours(*given), StopAfter(stop_after)])
-        return training.train(stage, opened, seed=5, start_from=start_from)
+        return training.train(stage, opened, seed=5, start_from=start_from, previews=previews)
 
 
 def history(folder: Path) -> list[dict]:
@@ -265,6 +267,28 @@ def test_metrics_are_logged_for_tensorboard(uninterrupted, tmp_path, monkeypatch
     assert_logged(tmp_path)
     train(tmp_path, monkeypatch)
     assert_logged(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(2, [3, 6]), (4, [2, 3, 5, 6]), (10, [1, 2, 3, 4, 5, 6]), (0, [])])
+def test_previews_are_drawn_evenly_over_the_epochs(tmp_path, monkeypatch, count, epochs):
+    drawn = []
+
+    def preview(network: keras.Model) -> np.ndarray:
+        drawn.append(network.get_weights())
+        return np.full((6, 4), 0.5)
+
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 4, preview=preview, previews=count)
+    trained = train(tmp_path, monkeypatch, preview=preview, previews=count)
+    folder = tmp_path / "previews" / "net"
+    assert [path.name for path in sorted(folder.glob("*"))] == [f"epoch_{epoch:03d}.png" for epoch in epochs]
+    assert len(drawn) == len(epochs)
+    if count:
+        assert not np.array_equal(drawn[0][0], drawn[-1][0])
+        assert trained.get_weights()[0].shape == drawn[-1][0].shape
+        with Image.open(folder / "epoch_006.png") as picture:
+            assert np.asarray(picture).tolist() == np.full((6, 4), 128).tolist()
+        assert list((tmp_path / "logs" / "net" / "previews").iterdir())
 
 
 def test_each_epoch_has_batches_of_its_own(tmp_path, monkeypatch):
