@@ -14,6 +14,7 @@ References:
     Lin et al. 2025, "Diffusion Adversarial Post-Training for One-Step Video Generation" (R1 by finite differences)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ from layers import PACKAGE, ResidualBlock, Tensor, gaussian_matrix, position_fea
 
 NEGATIVE_SLOPE = 0.2  # Of the discriminator's leaky ReLUs.
 NUM_GROUPS = 8  # Of the group normalisations of the discriminator.
-NUM_POOLINGS = 3  # Of the discriminator: its patches are 8 pixels apart.
-BLUR_SIGMA = 1.0  # Of the Gaussian below which images must agree with their targets, in pixels.
+PATCHES = 12  # Patches per side of an image that the discriminator judges, in images of 96 × 96 pixels or more.
+BLUR_SIGMA = 1 / 96  # Of the Gaussian below which images must agree with their targets, relative to their side.
 VISIBLE = 2 / 3  # Side of the square that the discriminator sees of an image in training, relative to the image.
 NOISE_SCALE = 0.02  # Standard deviation of the noise that should hardly change the logits of real slices.
 MAX_LOGIT_GAP = 0.5  # Between training and validation slices, beyond which the discriminator has memorised subjects.
@@ -171,20 +172,21 @@ class NoiseWeight(keras.layers.Layer):
 class Discriminator(keras.Model):
     """Judges how real the patches of images are, given the slice position.
 
-    Convolutions with group normalisation alternate with average pooling, which reduces the image eightfold. Unlike
-    strided convolutions, it treats all pixels alike, so that no checkerboards are learned. The logit of each patch is a
-    linear function of its features plus their product with features of the slice position (Miyato & Koyama 2018,
-    equation 3).
+    Convolutions with group normalisation alternate with average pooling. Unlike strided convolutions, it treats all
+    pixels alike, so that no checkerboards are learned. The logit of each patch is a linear function of its features
+    plus their product with features of the slice position (Miyato & Koyama 2018, equation 3).
 
     Args:
-        image_size: Height and width of an image in pixels.
-        channels: Number of channels of the second convolution; the first one has half as many, the others up to four
-            times.
+        image_size: Height and width of an image in pixels. The larger it is, the more often images are pooled: at least
+            three times, and until there are about `PATCHES` patches per side.
+        channels: Number of channels of the last two convolutions; each convolution before has half as many as the next.
     """
 
-    def __init__(self, image_size: int, channels: int = 32, name: str = "discriminator", **kwargs: Any) -> None:
+    def __init__(self, image_size: int, channels: int = 128, name: str = "discriminator", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
-        widths = [channels // 2, channels, 2 * channels, 4 * channels, 4 * channels]
+        self.num_poolings = max(3, round(math.log2(image_size / PATCHES)))
+        depths = range(self.num_poolings, -2, -1)
+        widths = [max(NUM_GROUPS, channels >> max(depth, 0)) for depth in depths]
         self.convolutions = [
             keras.layers.Conv2D(width, 3, padding="same", name=f"convolution_{i}") for i, width in enumerate(widths)
         ]
@@ -202,14 +204,14 @@ class Discriminator(keras.Model):
             inputs: Images (B, H, W, 1) in [0, 1] and slice positions (B,).
 
         Returns:
-            The features of each convolution, (B, h, w, C), and last the logits (B, H / 8, W / 8, 1) float32.
+            The features of each convolution, (B, h, w, C), and last the logits (B, h, w, 1) float32.
         """
         images, positions = inputs
         features = [ops.cast(images, self.compute_dtype) * 2 - 1]
         for i, convolution in enumerate(self.convolutions):
             values = convolution(features[-1])
             values = ops.leaky_relu(self.norms[i - 1](values) if i else values, NEGATIVE_SLOPE)
-            if 0 < i <= NUM_POOLINGS:
+            if 0 < i <= self.num_poolings:
                 values = ops.average_pool(values, 2, strides=2, padding="same")
             features.append(values)
         last = ops.cast(features[-1], "float32")
@@ -270,7 +272,8 @@ class DecoderTuning(keras.Model):
         self.feature_weight, self.adversarial_weight = feature_weight, adversarial_weight
         self.smoothness_weight = smoothness_weight
         self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, "noise of the decoder"))
-        self.blur = gaussian_matrix(decoder.image_size, BLUR_SIGMA, int(3 * BLUR_SIGMA))
+        sigma = max(1.0, BLUR_SIGMA * decoder.image_size)
+        self.blur = gaussian_matrix(decoder.image_size, sigma, int(3 * sigma))
         # Not the optimizer's counter, which cannot be read within a step on JAX.
         self.step = self.add_weight(
             shape=(), dtype="int32", initializer="zeros", trainable=False, aggregation="only_first_replica", name="step"
@@ -360,7 +363,8 @@ class DecoderTuning(keras.Model):
     def _augment(self, *batches: Tensor) -> list[Tensor]:
         """Crop batches (B, H, W, 1) for the discriminator to a random square, and flip them, all in the same way."""
         size = self.decoder.image_size
-        side = max(8, int(size * VISIBLE) // 8 * 8)
+        cell = 2**self.discriminator.num_poolings
+        side = max(1, int(size * VISIBLE) // cell) * cell
         highest = (size - side, size - side, 1)
         top, left, flip = (keras.random.randint((), 0, n + 1, seed=self.seed_generator) for n in highest)
         across = ops.arange(side)

@@ -117,6 +117,15 @@ def test_the_discriminator_trains_alone_at_first(vqvae):
     assert weights == pytest.approx([0, 0, 1, 2, 2])
 
 
+@pytest.mark.parametrize(("size", "patches"), [(32, 4), (96, 12), (128, 16), (192, 12)])
+def test_the_discriminator_judges_patches_of_similar_extent_at_all_sizes(size, patches):
+    discriminator = sharp.Discriminator(size)
+    *features, logits = discriminator((np.zeros((1, size, size, 1), np.float32), np.zeros(1, np.int32)))
+    assert logits.shape == (1, patches, patches, 1)
+    assert [values.shape[-1] for values in features[-2:]] == [128, 128]
+    assert features[0].shape[-1] == (8 if size == 192 else 16)
+
+
 def test_drawn_codes_have_no_original_to_be_compared_with(vqvae):
     tuning = make_tuning(vqvae)
     for drawn in (0.0, 1.0):
