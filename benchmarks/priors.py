@@ -1,6 +1,6 @@
 """Priors compared on the codes of subjects they have not seen: how they are built, and how they are trained.
 
-    python -m benchmarks.priors --run-dir runs/oasis128 --level 1 [--epochs 3]
+    python -m benchmarks.priors --run-dir runs/oasis96 [--epochs 3]
 
 Trains variants of the prior of one level on the codes of a finished run, from the same seeds and for the same number of
 epochs, and keeps the best epoch on the validation split. Prints the number of weights, the seconds per epoch, the bits
