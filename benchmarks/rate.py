@@ -3,16 +3,16 @@
     python -m benchmarks.rate --data-dir /path/to/slices [--crops 0 192] [--image-sizes 96] [--grids 12 16]
 
 Makes a run for each combination of crop, image size, grid and codebook size, briefly trained, with the constants of
-driver.py otherwise: the same command continues where it was stopped. Prints a table, writes rate_distortion.png, and
-prints the rows as JSON. All runs train for the same number of epochs, so that they can be compared with each other.
-Longer training improves each of them.
+driver.py otherwise, but without a sharp decoder: it is the codes that are compared. The same command continues where it
+was stopped. Prints a table, writes rate_distortion.png, and prints the rows as JSON. All runs train for the same number
+of epochs, so that they can be compared with each other. Longer training improves each of them.
 """
 
 import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import driver
 import plots
@@ -33,6 +33,7 @@ class Options:
     num_embeddings: tuple[int, ...] = (64, 512)  # codebook sizes
     vqvae_epochs: int = 4
     prior_epochs: int = 2
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # of training
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -72,6 +73,9 @@ def make_run(options: Options, crop: int | None, image_size: int, grid: int, num
         run_dir=options.folder / name,
         vqvae_epochs=options.vqvae_epochs,
         prior_epochs=options.prior_epochs,
+        precision=options.precision,
+        decoder_epochs=0,
+        previews=0,
         **chosen,
     )
     numbers = driver.main(config)
