@@ -142,28 +142,61 @@ class Generator:
         """Decode code indices, (N, h, w) per level, to images (N, H, W, 1) float32 in [0, 1]."""
         return self._in_batches(lambda *batch: [self.vqvae.decode_code(batch)], codes, "slices decoded")[0]
 
-    def draw(self, codes: Sequence[np.ndarray], seed: int = 0, purpose: str = "samples") -> np.ndarray:
+    def draw(
+        self, codes: Sequence[np.ndarray], seed: int = 0, purpose: str = "samples", is_common: bool = False
+    ) -> np.ndarray:
         """Decode code indices with the sharp decoder, if there is one, which draws the detail that they leave open.
 
         Args:
             codes: Code indices, (N, h, w) int32 per level.
             seed: The same seed gives the same detail for the same purpose; 0 or more.
             purpose: What the images are for, as in `sample_codes`.
+            is_common: Whether all images are drawn with the same noise.
 
         Returns:
             (N, H, W, 1) float32 in [0, 1].
         """
-        decoder = self.decoder
-        if decoder is None:
-            return self.decode(codes)
+        lookups = [quantizer.lookup for quantizer in self.vqvae.quantizers]
 
-        def decode(index: np.ndarray, *batch: np.ndarray) -> list[Any]:
-            shape = (decoder.image_size, decoder.image_size, 1)
+        def draw(noise: np.ndarray, *batch: np.ndarray) -> Any:
+            return self._draw([lookup(indices) for lookup, indices in zip(lookups, batch, strict=True)], noise)
+
+        return self._with_noise(draw, codes, seed, purpose, is_common)
+
+    def walk(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], steps: int, seed: int = 0) -> np.ndarray:
+        """Draw the way from one image to another: codebook vectors are interpolated, and the noise stays the same.
+
+        Args:
+            first, second: Code indices, (1, h, w) int32 per level.
+            steps: Number of images, at least 2, including both ends.
+            seed: Seed of the noise.
+
+        Returns:
+            (steps, H, W, 1) float32 in [0, 1].
+        """
+        weights = np.linspace(0, 1, steps, dtype=np.float32)[:, None, None, None]
+        quantized = []
+        for quantizer, *ends in zip(self.vqvae.quantizers, first, second, strict=True):
+            begin, end = (keras.ops.convert_to_numpy(quantizer.lookup(indices)) for indices in ends)
+            quantized.append((1 - weights) * begin + weights * end)
+        return self._with_noise(lambda noise, *batch: self._draw(batch, noise), quantized, seed, "samples", True)
+
+    def _draw(self, quantized: Sequence[Any], noise: np.ndarray) -> Any:
+        """Decode quantized vectors, (B, h, w, D) per level, and noise (B, H, W, 1)."""
+        return self.decoder.decode(quantized, noise) if self.decoder else self.vqvae.decode(quantized)
+
+    def _with_noise(
+        self, draw: Callable[..., Any], arrays: Sequence[np.ndarray], seed: int, purpose: str, is_common: bool
+    ) -> np.ndarray:
+        """Call `draw` with noise (B, H, W, 1), a stream of it per image, and a few rows of the arrays at a time."""
+        shape = (self.vqvae.image_size, self.vqvae.image_size, 1)
+
+        def draw_batch(index: np.ndarray, *batch: np.ndarray) -> list[Any]:
             streams = [seeds.generator(seed, f"noise of {purpose}", int(i)) for i in index]
-            noise = np.stack([random.standard_normal(shape, np.float32) for random in streams])
-            return [decoder({"noise": noise, **{f"codes_{level}": indices for level, indices in enumerate(batch)}})]
+            return [draw(np.stack([random.standard_normal(shape, np.float32) for random in streams]), *batch)]
 
-        return self._in_batches(decode, [np.arange(len(codes[0])), *codes], "slices decoded")[0]
+        index = np.arange(len(arrays[0])) * (not is_common)
+        return self._in_batches(draw_batch, [index, *arrays], "slices decoded")[0]
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Encode and decode images; see `encode` and `decode`."""
@@ -177,6 +210,8 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         purpose: str = "samples",
+        known: Sequence[np.ndarray] | None = None,
+        is_common: bool = False,
     ) -> list[np.ndarray]:
         """Sample code indices, each finer level given the coarser one.
 
@@ -187,6 +222,9 @@ class Generator:
             top_k: Sample among the k most likely codes only; 0 for all.
             top_p: Sample among the most likely codes that together have this probability; 1 for all.
             purpose: What the samples are for. Samples for different purposes are independent.
+            known: Codes that are known, (N, h, w) int32 per level, with −1 for those that are sampled; see
+                `sampling.sample_codes`.
+            is_common: Whether all grids are sampled with the same random numbers.
 
         Returns:
             Code indices, (N, h, w) int32 per level.
@@ -197,7 +235,17 @@ class Generator:
             random = seeds.generator(seed, f"codes of {purpose}", level)
             with console.progress(len(positions), f"{self.level_names[level]} grids sampled".strip()) as bar:
                 codes.append(
-                    sampling.sample_codes(prior, conditioning, random, temperature, top_k, top_p, progress=bar.update)
+                    sampling.sample_codes(
+                        prior,
+                        conditioning,
+                        random,
+                        temperature,
+                        top_k,
+                        top_p,
+                        progress=bar.update,
+                        known=known[level] if known else None,
+                        is_common=is_common,
+                    )
                 )
         return codes
 
@@ -213,22 +261,25 @@ class Generator:
         """Sample images (N, H, W, 1) float32 in [0, 1], one per slice position; see `sample_codes` and `draw`."""
         return self.draw(self.sample_codes(positions, seed, temperature, top_k, top_p, purpose), seed, purpose)
 
-    def nats_per_code(self, codes: Sequence[np.ndarray], positions: Positions) -> list[np.ndarray]:
-        """Cross-entropy of codes under the priors.
+    def nats_of_codes(self, codes: Sequence[np.ndarray], positions: Positions) -> list[np.ndarray]:
+        """Cross-entropy of each code under the priors, given those before it.
 
         Args:
             codes: Code indices, (N, h, w) int32 per level.
             positions: (N,) slice positions.
 
         Returns:
-            (N,) float32 per level: the mean over a slice's codes, in nats per code.
+            (N, h, w) float32 per level, in nats.
         """
 
         def nats(logits: Any, targets: np.ndarray) -> list[Any]:
-            nats = keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
-            return [keras.ops.mean(nats, axis=(1, 2))]
+            return [keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)]
 
         return [values for (values,) in self._from_logits(nats, codes, positions)]
+
+    def nats_per_code(self, codes: Sequence[np.ndarray], positions: Positions) -> list[np.ndarray]:
+        """The mean of `nats_of_codes` over each slice's codes, (N,) float32 per level."""
+        return [values.mean(axis=(1, 2)) for values in self.nats_of_codes(codes, positions)]
 
     def surprise(self, codes: Sequence[np.ndarray], positions: Positions) -> np.ndarray:
         """How much less probable codes are under the priors than codes that the priors themselves would sample.

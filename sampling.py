@@ -3,6 +3,7 @@
 A whole grid is one compiled loop of the backend, so Python is not called for every cell.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,8 +25,13 @@ def sample_codes(
     top_p: float = 1.0,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
+    known: np.ndarray | None = None,
+    is_common: bool = False,
 ) -> np.ndarray:
     """Sample one grid of code indices for each slice position.
+
+    Some codes may be known. Each other code is sampled given those before it in raster order, so the result follows the
+    prior's distribution given the known codes only if they come before all others.
 
     Args:
         prior: Trained prior, which is left unchanged.
@@ -34,6 +40,8 @@ def sample_codes(
         temperature, top_k, top_p: See `filter_logits`.
         batch_size: Number of grids that are sampled together.
         progress: Function that is called after each batch with the number of grids in it.
+        known: (N, h, w) int32, codes that are known, and −1 for those that are sampled. By default all are sampled.
+        is_common: Whether all grids are sampled with the same random numbers.
 
     Returns:
         (N, h, w) int32.
@@ -41,29 +49,42 @@ def sample_codes(
     height, width = prior.grid_size
     count = len(conditioning["positions"])
     # One number in [0, 1) for each code. They are generated first, so that they do not depend on the batch size.
-    uniforms = random.random((count, height * width), np.float32)
-
-    def sample(uniforms: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return sample_batch(prior, uniforms, conditioning, temperature, top_k, top_p)
-
-    compiled = compile_function(sample)
+    uniforms = random.random((1 if is_common else count, height * width), np.float32)
+    uniforms = np.broadcast_to(uniforms, (count, height * width))
+    known = np.full((count, height, width), -1) if known is None else known
+    sample = _compiled_sampler(prior, top_k, top_p < 1)
     codes: list[np.ndarray] = []
     for start in range(0, count, batch_size):
         batch = slice(start, start + batch_size)
         inputs = {name: np.asarray(values[batch], np.int32) for name, values in conditioning.items()}
-        codes.append(ops.convert_to_numpy(compiled(uniforms[batch], inputs)))
+        limits = np.float32(temperature), np.float32(top_p)
+        sampled = sample(uniforms[batch], inputs, *limits, np.asarray(known[batch], np.int32))
+        codes.append(ops.convert_to_numpy(sampled))
         if progress:
             progress(len(codes[-1]))
     return np.concatenate(codes).reshape(-1, height, width)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_sampler(prior: PixelCNN, top_k: int, has_top_p: bool) -> Callable[..., Tensor]:
+    """Return `sample_batch` of a prior, compiled once for all temperatures and all top_p below 1."""
+
+    def sample(
+        uniforms: Tensor, conditioning: dict[str, Tensor], temperature: Tensor, top_p: Tensor, known: Tensor
+    ) -> Tensor:
+        return sample_batch(prior, uniforms, conditioning, temperature, top_k, top_p if has_top_p else 1.0, known)
+
+    return compile_function(sample, prior.variables)
 
 
 def sample_batch(
     prior: PixelCNN,
     uniforms: Tensor,
     conditioning: Mapping[str, Tensor],
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float | Tensor = 1.0,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Sample one batch of grids.
 
@@ -72,22 +93,32 @@ def sample_batch(
         uniforms: (B, h · w) float32 in [0, 1), one number for each code.
         conditioning: Inputs of the prior other than the codes, (B, ...) each.
         temperature, top_k, top_p: See `filter_logits`.
+        known: (B, h, w) int32; see `sample_codes`.
 
     Returns:
         (B, h · w) int32 code indices in raster order.
     """
     height, width = prior.grid_size
 
-    def sample_cell(logits: Tensor, uniforms: Tensor) -> Tensor:
-        return sample_categorical(filter_logits(logits, temperature, top_k, top_p), uniforms)
+    def sample_cell(logits: Tensor, inputs: Tensor) -> Tensor:
+        sampled = sample_categorical(filter_logits(logits, temperature, top_k, top_p), inputs[0])
+        return sampled if known is None else ops.where(inputs[1] >= 0, ops.cast(inputs[1], "int32"), sampled)
 
-    uniforms = ops.transpose(ops.reshape(uniforms, (-1, height, width)), (1, 2, 0))  # (h, w, B)
-    codes = cached_sampling(prior, conditioning, uniforms, sample_cell)  # (h, w, B)
+    inputs = [ops.reshape(uniforms, (-1, height, width)), *([] if known is None else [ops.cast(known, "float32")])]
+    inputs = ops.transpose(ops.stack(inputs), (2, 3, 0, 1))  # (h, w, 1 or 2, B)
+    codes = cached_sampling(prior, conditioning, inputs, sample_cell)  # (h, w, B)
     return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
 
 
-def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function compiled to one graph of the backend."""
+def compile_function(
+    function: Callable[..., Tensor], variables: Sequence[keras.Variable] = ()
+) -> Callable[..., Tensor]:
+    """Return the function compiled to one graph of the backend.
+
+    Args:
+        function: A function of tensors.
+        variables: Variables that the function reads and that may change between its calls.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -95,14 +126,21 @@ def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     if keras.backend.backend() == "jax":
         import jax
 
-        return jax.jit(function)
+        def stateless(values: Sequence[Tensor], *arguments: Any) -> Tensor:
+            with keras.StatelessScope(list(zip(variables, values, strict=True))):
+                return function(*arguments)
+
+        compiled = jax.jit(stateless)  # It would treat the values of variables as constants.
+        return lambda *arguments: compiled([variable.value for variable in variables], *arguments)
     return function
 
 
 # --------------------------------------------------------------------------------------------- one code
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def filter_logits(
+    logits: Tensor, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float | Tensor = 1.0
+) -> Tensor:
     """Apply temperature, top-k and top-p filtering, in this order.
 
     Args:
@@ -120,7 +158,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     if 0 < top_k < logits.shape[-1]:
         kth_largest = ops.top_k(logits, top_k)[0][..., -1:]
         logits = ops.where(logits < kth_largest, excluded, logits)
-    if top_p < 1:
+    if not isinstance(top_p, float | int) or top_p < 1:
         probabilities = ops.softmax(logits)
         descending = -ops.sort(-probabilities, axis=-1)
         needed = ops.cumsum(descending, axis=-1) - descending < top_p
@@ -206,8 +244,8 @@ def cached_sampling(
     Args:
         prior: Trained prior.
         conditioning: Inputs of the prior other than the codes, (B, ...) each.
-        inputs: (h, w, B), values for `sample_cell`.
-        sample_cell: Function of the logits (B, K) and the inputs (B,) of a cell that returns its code indices (B,)
+        inputs: (h, w, ..., B), values for `sample_cell`.
+        sample_cell: Function of the logits (B, K) and the inputs (..., B) of a cell that returns its code indices (B,)
             int32.
 
     Returns:

@@ -128,14 +128,18 @@ class SharpDecoder(keras.Model):
         Returns:
             Images (B, H, W, 1) float32, clipped to [0, 1] except in training.
         """
-        decoded, noise = None, inputs["noise"]
-        for level, (codebook, decoder) in enumerate(zip(self.codebooks, self.decoders, strict=True)):
-            codes = inputs[f"codes_{level}"]
-            features = model.concatenate(codebook(codes), decoded)
+        vectors = [codebook(inputs[f"codes_{level}"]) for level, codebook in enumerate(self.codebooks)]
+        return self.decode(vectors, inputs["noise"], training)
+
+    def decode(self, quantized: Sequence[Tensor], noise: Tensor, training: bool = False) -> Tensor:
+        """Decode quantized vectors, (B, h, w, D) for each level, the coarsest first, and noise; see `call`."""
+        decoded = None
+        for level, (vectors, decoder) in enumerate(zip(quantized, self.decoders, strict=True)):
+            features = model.concatenate(vectors, decoded)
             decoded = self._draw(features, noise) if level == len(self.grids) - 1 else decoder(features)
         images = ops.cast(decoded, "float32")
         if self.background_code:
-            images = model.blacken(images, codes == 0)
+            images = model.blacken(images, ops.all(quantized[-1] == 0, axis=-1))
         return images if training else ops.clip(images, 0, 1)
 
     def _draw(self, features: Tensor, noise: Tensor) -> Tensor:

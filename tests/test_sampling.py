@@ -68,6 +68,27 @@ def test_bottom_codes_equal_those_of_one_forward_pass_per_cell(attention):
     assert np.array_equal(sample(prior, 7, conditioning, batch_size=2), expected)
 
 
+def test_known_codes_are_kept_and_the_others_are_sampled_given_those_before(prior):
+    codes = sample(prior, 3)
+    known = np.where(RNG.random(codes.shape) < 0.5, codes, -1)
+    assert np.array_equal(sample(prior, 3, known=known), codes)  # The same random numbers give the other codes again.
+    other = np.where(known >= 0, (known + 1) % 8, -1)
+    sampled = sample(prior, 3, known=other)
+    assert np.array_equal(sampled[other >= 0], other[other >= 0])
+    first = np.full_like(codes, -1)
+    first[:, 1] = (codes[:, 1] + 1) % 8
+    assert np.array_equal(sample(prior, 3, known=first)[:, 0], codes[:, 0])
+    assert not np.array_equal(sample(prior, 3, known=first)[:, 2], codes[:, 2])
+
+
+def test_a_prior_that_has_been_trained_further_gives_other_codes(prior):
+    before = sample(prior, 3)
+    for weight in prior.trainable_variables:
+        weight.assign(RNG.normal(0, 0.4, weight.shape))
+    assert not np.array_equal(sample(prior, 3), before)
+    assert np.array_equal(sample(prior, 3), sample_with_full_passes(prior, 3, CONDITIONING))
+
+
 def test_strict_filters_give_the_most_likely_codes(prior):
     greedy = sample(prior, 0, top_k=1)
     assert np.array_equal(greedy, sample(prior, 1, top_k=1))

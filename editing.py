@@ -1,0 +1,131 @@
+"""Change parts of slices with the trained networks: sample some codes again, given the others.
+
+The priors sample codes in raster order: row by row, each row from left to right. Given codes that come before all
+others, sampling the rest is exact. Given codes that come later, it is approximated by importance resampling (Rubin
+1987): several completions are sampled without regard to the later codes, and one of them is chosen with a probability
+proportional to that of the later codes given it.
+
+    images = complete(generator, image, half("left", 96), position=12, count=4)      # (4, 96, 96, 1)
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+import seeds
+from generator import Generator
+
+NUM_CANDIDATES = 8  # Completions among which one is chosen.
+HALVES: dict[str, Callable[[int], tuple[slice, slice]]] = {
+    "left": lambda size: (slice(None), slice(size // 2)),
+    "right": lambda size: (slice(None), slice(size // 2, None)),
+    "top": lambda size: (slice(size // 2), slice(None)),
+    "bottom": lambda size: (slice(size // 2, None), slice(None)),
+}
+
+
+def half(name: str, size: int) -> np.ndarray:
+    """Return which pixels of an image are in a half, (size, size) bool. `name` is a key of `HALVES`."""
+    kept = np.zeros((size, size), bool)
+    kept[HALVES[name](size)] = True
+    return kept
+
+
+def kept_cells(generator: Generator, kept: np.ndarray) -> list[np.ndarray]:
+    """Return which codes belong to pixels that are all kept: (H, W) bool -> (h, w) bool per level."""
+    sides = [len(kept) // grid for grid in generator.vqvae.grids]
+    return [
+        np.all(kept.reshape(grid, side, grid, side), axis=(1, 3))
+        for grid, side in zip(generator.vqvae.grids, sides, strict=True)
+    ]
+
+
+def is_exact(generator: Generator, kept: np.ndarray) -> bool:
+    """Whether the kept codes come before all others, so that completions need no approximation; (H, W) bool."""
+    cells = np.concatenate([level.ravel() for level in kept_cells(generator, kept)])
+    return not (cells[1:] & ~cells[:-1]).any()
+
+
+def complete_codes(
+    generator: Generator,
+    codes: Sequence[np.ndarray],
+    kept: np.ndarray,
+    position: int,
+    count: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[np.ndarray]:
+    """Sample the codes of a region again, given the others; see the module.
+
+    Args:
+        generator: The trained networks.
+        codes: Codes of one slice, (1, h, w) int32 per level.
+        kept: (H, W) bool, pixels that are kept. A code is kept if all of its pixels are.
+        position: Slice position.
+        count: Number of completions.
+        seed, temperature, top_k, top_p: See `Generator.sample_codes`.
+
+    Returns:
+        (count, h, w) int32 per level.
+    """
+    cells = kept_cells(generator, kept)
+    candidates = 1 if is_exact(generator, kept) else NUM_CANDIDATES
+    known = [
+        np.repeat(np.where(mask, indices, -1), count * candidates, axis=0)
+        for mask, indices in zip(cells, codes, strict=True)
+    ]
+    positions = np.full(count * candidates, position, np.int32)
+    sampled = generator.sample_codes(positions, seed, temperature, top_k, top_p, "completions", known)
+    if candidates == 1:
+        return sampled
+    nats = np.zeros(len(positions))  # of the kept codes
+    for mask, level in zip(cells, generator.nats_of_codes(sampled, positions), strict=True):
+        nats += (level * mask).sum(axis=(1, 2))
+    # The largest of log-probability plus Gumbel noise is a sample of the categorical distribution.
+    gumbel = seeds.generator(seed, "choice of completions").gumbel(size=(count, candidates))
+    chosen = np.arange(count) * candidates + (gumbel - nats.reshape(count, candidates)).argmax(axis=1)
+    return [level[chosen] for level in sampled]
+
+
+def complete(
+    generator: Generator,
+    image: np.ndarray,
+    kept: np.ndarray,
+    position: int,
+    count: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> np.ndarray:
+    """Draw a region of a slice again, given the rest.
+
+    What the region shows is not used: its pixels are first replaced by those on the other side of the midline. If
+    that brings the kept codes nearer to the beginning, image and mask are mirrored, and the result is mirrored back.
+
+    Args:
+        generator: The trained networks.
+        image: (H, W, 1) float32 in [0, 1].
+        kept, position, count, seed, temperature, top_k, top_p: See `complete_codes`.
+
+    Returns:
+        (count, H, W, 1) float32 in [0, 1]: the image itself where its codes are kept.
+    """
+    hidden = np.where(kept[..., None], image, image[:, ::-1])
+    mirrored = _unknown_before_kept(generator, kept[:, ::-1]) < _unknown_before_kept(generator, kept)
+    step = -1 if mirrored else 1
+    codes = generator.encode(hidden[None, :, ::step])
+    mask = kept[:, ::step]
+    completed = complete_codes(generator, codes, mask, position, count, seed, temperature, top_k, top_p)
+    drawn = generator.draw(completed, seed, "completions")[:, :, ::step]
+    finest = kept_cells(generator, kept)[-1]
+    side = len(kept) // len(finest)
+    return np.where(np.kron(finest, np.ones((side, side), bool))[..., None], image, drawn)
+
+
+def _unknown_before_kept(generator: Generator, kept: np.ndarray) -> int:
+    """Number of pairs of a code that is sampled and a later one that is kept."""
+    cells = np.concatenate([level.ravel() for level in kept_cells(generator, kept)])
+    return int((np.cumsum(~cells) * cells).sum())
