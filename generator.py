@@ -338,7 +338,10 @@ class Generator:
         Returns:
             (N,) float64, bits per image.
         """
-        codes = self.encode(images)
+        return self.bits_of_codes(self.encode(images), positions)
+
+    def bits_of_codes(self, codes: Sequence[np.ndarray], positions: Positions | None = None) -> np.ndarray:
+        """Number of bits that the priors need for code indices, (N, h, w) int32 per level; see `bits`."""
         sizes = [level[0].size for level in codes]
 
         def nats(positions: np.ndarray) -> np.ndarray:

@@ -1,0 +1,200 @@
+"""Draw, complete and reconstruct slices with a finished run. The run folder is only read.
+
+    python generate.py runs/oasis96 --num-samples 200 --positions 10 12 --temperature 0.9 --output drawn
+    python generate.py runs/oasis96 --complete slice.png --keep left --num-samples 4 --output completed
+    python generate.py runs/oasis96 --reconstruct slices --output reconstructed
+
+Everything is written to a new folder. If the command is stopped, nothing is written.
+"""
+
+import console
+
+if __name__ == "__main__":
+    console.start()
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from PIL import Image
+
+import dataset
+import editing
+import metrics
+import naming
+import pngs
+import seeds
+from generator import Generator
+from run import atomic_path, write_table
+
+
+class GenerateError(console.UserError):
+    """An option or a file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """RUN_DIR and --output are required."""
+
+    run_dir: tyro.conf.Positional[Path]  # folder of a finished run
+    output: Path  # new folder for everything that is written
+    complete: Path | None = None  # PNG of a slice of which a half is drawn again
+    keep: Literal["left", "right", "top", "bottom"] = "left"  # half of the picture that is kept, with --complete
+    reconstruct: Path | None = None  # PNG, or folder of PNGs, to encode and decode
+    num_samples: int = 20  # number of slices, or of completions, to draw
+    positions: tuple[
+        int, ...
+    ] = ()  # slice positions to draw, in turn; none: at random. With --complete, that of the PNG
+    seed: int = 0  # the same seed draws the same slices
+    temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
+    top_k: int = 0  # sample among the k most likely codes only; 0: all
+    top_p: float = 1.0  # sample among the most likely codes that together have this probability
+    sharp: bool = True  # draw with the sharp decoder, if the run has one
+    skip_broken_slices: bool = False  # leave out PNGs that cannot be read, with --reconstruct
+
+
+def main(options: Options) -> None:
+    """Write what the options ask for.
+
+    Raises:
+        UserError: An option, a file, or the run folder cannot be used.
+    """
+    check(options)
+    generator = Generator.load(options.run_dir)
+    if not options.sharp:
+        generator = generator.replace(decoder=None)
+    unknown = set(options.positions) - set(generator.positions.tolist())
+    if unknown and not options.reconstruct:
+        known = f"{generator.positions.min()} to {generator.positions.max()}"
+        raise GenerateError(f"--positions {min(unknown)}: no training slice has this position; choose from {known}")
+    with atomic_path(options.output) as folder:
+        folder.mkdir()
+        if options.complete:
+            complete(generator, options, options.complete, folder)
+        elif options.reconstruct:
+            reconstruct(generator, options, options.reconstruct, folder)
+        else:
+            draw(generator, options, folder)
+    print(f"written to {options.output}")
+
+
+def check(options: Options) -> None:
+    """Raise `GenerateError` for options that cannot work, before anything is loaded."""
+
+    def require(name: str, holds: bool, requirement: str) -> None:
+        if not holds:
+            shown = getattr(options, name.replace("-", "_"))
+            raise GenerateError(f"--{name} {shown}: must be {requirement}")
+
+    require("num-samples", options.num_samples >= 1, "at least 1")
+    require("seed", 0 <= options.seed < 2**32, "0 to 4294967295")
+    require("temperature", 0 < options.temperature < float("inf"), "a positive number")
+    require("top-k", options.top_k >= 0, "0 or more")
+    require("top-p", 0 < options.top_p <= 1, "above 0 and at most 1")
+    if options.complete and options.reconstruct:
+        raise GenerateError("--complete and --reconstruct: give one of them only")
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise GenerateError(f"--output {options.output}: contains files already; choose a new folder")
+    if options.output.exists() and not options.output.is_dir():
+        raise GenerateError(f"--output {options.output}: is a file; choose a new folder")
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def sampling_limits(options: Options) -> dict[str, Any]:
+    """Keyword arguments of `Generator.sample_codes` that say which codes may be sampled."""
+    return {"seed": options.seed, **{name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}}
+
+
+def draw(generator: Generator, options: Options, folder: Path) -> None:
+    """Write new slices, and a table of them with the bits that the prior needs for their codes."""
+    if options.positions:
+        positions = np.resize(np.array(options.positions, np.int32), options.num_samples)
+    else:
+        positions = seeds.generator(options.seed, "positions").choice(generator.positions, options.num_samples)
+    codes = generator.sample_codes(positions, **sampling_limits(options))
+    images, bits = generator.draw(codes, options.seed), generator.bits_of_codes(codes, positions)
+    names = [f"sample_{i:0{len(str(len(images) - 1))}}_slice_{position}.png" for i, position in enumerate(positions)]
+    save(folder, dict(zip(names, images, strict=True)))
+    rows = zip(names, positions, bits, strict=True)
+    write_table(folder / "samples.csv", [{"file": f, "position": p, "bits": round(float(b), 1)} for f, p, b in rows])
+
+
+def complete(generator: Generator, options: Options, path: Path, folder: Path) -> None:
+    """Write the slice in a PNG, and slices that share one half with it."""
+    position = options.positions[0] if options.positions else naming.slice_position(path.name)
+    if position is None or position not in generator.positions:
+        raise GenerateError(
+            f"--complete {path}: the name does not say its slice position, or no training slice has it; give "
+            f"--positions, from {generator.positions.min()} to {generator.positions.max()}"
+        )
+    image = dataset.to_float(pngs.decode(path, generator.vqvae.image_size, generator.crop).grey[..., None])
+    kept = editing.half(options.keep, generator.vqvae.image_size)
+    images = editing.complete(generator, image, kept, position, options.num_samples, **sampling_limits(options))
+    save(folder, {"original.png": image, **{f"completion_{i:03d}.png": drawn for i, drawn in enumerate(images)}})
+
+
+def reconstruct(generator: Generator, options: Options, source: Path, folder: Path) -> None:
+    """Write reconstructions of PNGs, and a table of their quality on cropped slices."""
+    if not source.exists():
+        raise GenerateError(f"--reconstruct {source}: no such file or folder; give a PNG or a folder of PNGs")
+    paths = (
+        [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.suffix.lower() == ".png")
+    )
+    if not paths:
+        raise GenerateError(f"--reconstruct {source}: contains no PNGs; give a PNG or a folder of PNGs")
+    size = generator.vqvae.image_size
+    images, decoded = pngs.decode_all(paths, size, options.skip_broken_slices, generator.crop)
+    readable = [i for i, png in enumerate(decoded) if png is not None]
+    images, paths = images[readable], [paths[i] for i in readable]
+    if not paths:
+        raise GenerateError(f"--reconstruct {source}: none of its PNGs can be read; replace them")
+    codes = generator.encode(images)
+    sets = {"faithful": generator.decode(codes)}
+    if generator.decoder:
+        sets["sharp"] = generator.draw(codes, options.seed)
+    names = [path.relative_to(source).as_posix() if source.is_dir() else path.name for path in paths]
+    rows: list[dict[str, Any]] = [{"file": name} for name in names]
+    for kind, reconstructions in sets.items():
+        save(folder, {f"{kind}/{name}": image for name, image in zip(names, reconstructions, strict=True)})
+        for metric, values in metrics.metrics_by_slice(images, reconstructions).items():
+            for row, value in zip(rows, values, strict=True):
+                row[f"{kind}_{metric}"] = float(value)
+    for row, bits in zip(rows, bits_of(generator, codes, names), strict=True):
+        row["bits"] = float(bits)
+    write_table(folder / "reconstructions.csv", rows)
+
+
+def bits_of(generator: Generator, codes: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """Bits of each slice's codes at the position in its file's name, averaged over all positions if there is none."""
+    bits = generator.bits_of_codes(codes)
+    positions = {i: naming.slice_position(Path(name).name) for i, name in enumerate(names)}
+    known = {i: position for i, position in positions.items() if position in generator.positions.tolist()}
+    if known:
+        index = list(known)
+        bits[index] = generator.bits_of_codes([level[index] for level in codes], np.array(list(known.values())))
+    return bits
+
+
+def save(folder: Path, images: Mapping[str, np.ndarray]) -> None:
+    """Write images (H, W, 1) in [0, 1] as 8-bit grey PNGs, by file name."""
+    for name, image in images.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[..., 0] * 255).round().astype(np.uint8)).save(path, "PNG")
+
+
+def command_line() -> int:
+    """Run the command and return its exit status; see `console.run_command`."""
+    return console.run_command(
+        lambda: main(tyro.cli(Options, description=__doc__)), "nothing was written; run the same command again"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,142 @@
+"""What generate.py writes, and what it refuses."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import console
+import generate
+import phantom
+import sharp
+from generator import Generator
+from tests import test_generator
+
+
+@pytest.fixture(scope="module")
+def made() -> Generator:
+    """Small networks with a sharp decoder."""
+    small = test_generator.make((4,))
+    return small.replace(decoder=test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae)))
+
+
+@pytest.fixture
+def run(made, tmp_path, monkeypatch):
+    """Runs generate.py with some options on the small networks; returns the output folder."""
+
+    def run(**options) -> Path:
+        generate.main(generate.Options(tmp_path / "run", tmp_path / "output", **options))
+        return tmp_path / "output"
+
+    monkeypatch.setattr(Generator, "load", lambda folder: made)
+    return run
+
+
+@pytest.fixture
+def slices(tmp_path) -> Path:
+    folder = tmp_path / "slices" / "inner"
+    folder.mkdir(parents=True)
+    for position in (0, 1, 7):
+        Image.fromarray(phantom.slice_image(0, 1, 8 + position, 40)).save(folder / f"case_001_slice_{position}.png")
+    return folder.parent
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return np.asarray(image)
+
+
+def test_samples_are_drawn_at_the_positions_in_turn(run, made):
+    folder = run(num_samples=3, positions=(2, 0), seed=5, temperature=0.7)
+    table = rows(folder / "samples.csv")
+    assert [row["file"] for row in table] == [f"sample_{i}_slice_{p}.png" for i, p in enumerate((2, 0, 2))]
+    expected = made.sample([2, 0, 2], seed=5, temperature=0.7)
+    for image, row in zip(expected, table, strict=True):
+        assert np.array_equal(pixels(folder / row["file"]), (image[..., 0] * 255).round())
+    bits = made.bits_of_codes(made.sample_codes([2, 0, 2], seed=5, temperature=0.7), [2, 0, 2])
+    np.testing.assert_allclose([float(row["bits"]) for row in table], bits, atol=0.06)
+
+
+def test_the_sharp_decoder_can_be_left_out(run, made):
+    folder = run(num_samples=1, positions=(1,), sharp=False)
+    expected = made.replace(decoder=None).sample([1])[0, ..., 0]
+    assert np.array_equal(pixels(folder / "sample_0_slice_1.png"), (expected * 255).round())
+    assert not np.array_equal(expected, made.sample([1])[0, ..., 0])
+
+
+def test_completions_share_a_half_with_the_slice(run, slices):
+    folder = run(complete=slices / "inner" / "case_001_slice_1.png", keep="right", num_samples=2)
+    original, *completions = (pixels(folder / f"{n}.png") for n in ("original", "completion_000", "completion_001"))
+    assert original.shape == (32, 32)
+    for completion in completions:
+        assert np.array_equal(completion[:, 16:], original[:, 16:])
+    assert not np.array_equal(*completions)
+
+
+def test_reconstructions_come_with_their_quality_and_bits(run, made, slices):
+    folder = run(reconstruct=slices)
+    table = rows(folder / "reconstructions.csv")
+    assert [row["file"] for row in table] == [f"inner/case_001_slice_{position}.png" for position in (0, 1, 7)]
+    for kind in ("faithful", "sharp"):
+        assert all(-1 <= float(row[f"{kind}_ssim"]) < 1 for row in table)
+        assert all(pixels(folder / kind / row["file"]).shape == (32, 32) for row in table)
+    bits = [float(row["bits"]) for row in table]
+    originals = np.stack([np.asarray(Image.open(path).resize((32, 32), 3)) for path in sorted(slices.rglob("*.png"))])
+    expected = [*made.bits(originals[:2], [0, 1]), *made.bits(originals[2:])]  # Position 7 does not occur.
+    np.testing.assert_allclose(bits, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be a positive number"),
+        ({"top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
+        ({"positions": (9,)}, "--positions 9: no training slice has this position; choose from 0 to 2"),
+        ({"reconstruct": Path("nowhere")}, "--reconstruct nowhere: no such file or folder"),
+        ({"complete": Path("a"), "reconstruct": Path("b")}, "--complete and --reconstruct: give one of them only"),
+    ],
+)
+def test_bad_options_are_refused_and_nothing_is_written(run, tmp_path, options, message):
+    with pytest.raises(console.UserError, match=message):
+        run(**options)
+    assert not (tmp_path / "output").exists()
+    assert not list(tmp_path.glob("*"))
+
+
+def test_a_slice_to_complete_needs_a_position_that_occurs(run, slices):
+    with pytest.raises(generate.GenerateError, match="give --positions, from 0 to 2"):
+        run(complete=slices / "inner" / "case_001_slice_7.png")
+    run(complete=slices / "inner" / "case_001_slice_7.png", positions=(2,), num_samples=1)
+
+
+def test_broken_slices_are_refused_or_left_out(run, slices, tmp_path):
+    (slices / "inner" / "broken_slice_0.png").write_bytes(b"no PNG")
+    with pytest.raises(console.UserError, match=r"broken_slice_0.png: is not a PNG image"):
+        run(reconstruct=slices)
+    assert not (tmp_path / "output").exists()
+    assert len(rows(run(reconstruct=slices, skip_broken_slices=True) / "reconstructions.csv")) == 3
+
+
+def test_a_folder_with_files_is_not_written_to(run, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "mine.txt").write_text("mine")
+    with pytest.raises(generate.GenerateError, match="contains files already"):
+        run(num_samples=1)
+    assert (tmp_path / "output" / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_without_a_run_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    arguments = ["generate.py", str(tmp_path), "--output", str(tmp_path / "output")]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert generate.command_line() == 2
+    printed = capsys.readouterr().err
+    assert "contains no run" in printed
+    assert printed.count("\n") == 1
