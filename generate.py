@@ -4,7 +4,10 @@
     python generate.py runs/oasis96 --complete slice.png --keep left --num-samples 4 --output completed
     python generate.py runs/oasis96 --reconstruct slices --output reconstructed
 
-Everything is written to a new folder. If the command is stopped, nothing is written.
+    python generate.py runs/oasis96 --export oasis96.onnx
+
+Slices are written to a new folder. If the command is stopped, nothing is written. The last command writes the encoder
+with its quantizer, oasis96_encoder.onnx, and the decoder, oasis96_decoder.onnx; it needs `pip install tf2onnx`.
 """
 
 import console
@@ -18,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import keras
 import numpy as np
+import tensorflow as tf
 import tyro
 from PIL import Image
 
@@ -31,6 +36,8 @@ import seeds
 from generator import Generator
 from run import atomic_path, write_table
 
+ONNX_OPSET = 18
+
 
 class GenerateError(console.UserError):
     """An option or a file that cannot be used."""
@@ -38,10 +45,10 @@ class GenerateError(console.UserError):
 
 @dataclass(frozen=True)
 class Options:
-    """RUN_DIR and --output are required."""
+    """RUN_DIR is required, and --output unless --export is given."""
 
     run_dir: tyro.conf.Positional[Path]  # folder of a finished run
-    output: Path  # new folder for everything that is written
+    output: Path | None = None  # new folder for the slices that are written
     complete: Path | None = None  # PNG of a slice of which a half is drawn again
     keep: Literal["left", "right", "top", "bottom"] = "left"  # half of the picture that is kept, with --complete
     reconstruct: Path | None = None  # PNG, or folder of PNGs, to encode and decode
@@ -55,6 +62,7 @@ class Options:
     top_p: float = 1.0  # sample among the most likely codes that together have this probability
     sharp: bool = True  # draw with the sharp decoder, if the run has one
     skip_broken_slices: bool = False  # leave out PNGs that cannot be read, with --reconstruct
+    export: Path | None = None  # export encoder and decoder to ONNX files with this name, and draw nothing
 
 
 def main(options: Options) -> None:
@@ -67,6 +75,10 @@ def main(options: Options) -> None:
     generator = Generator.load(options.run_dir)
     if not options.sharp:
         generator = generator.replace(decoder=None)
+    if options.export:
+        export(generator, options.export)
+        return
+    assert options.output
     unknown = set(options.positions) - set(generator.positions.tolist())
     if unknown and not options.reconstruct:
         known = f"{generator.positions.min()} to {generator.positions.max()}"
@@ -95,8 +107,18 @@ def check(options: Options) -> None:
     require("temperature", 0 < options.temperature < float("inf"), "a positive number")
     require("top-k", options.top_k >= 0, "0 or more")
     require("top-p", 0 < options.top_p <= 1, "above 0 and at most 1")
-    if options.complete and options.reconstruct:
-        raise GenerateError("--complete and --reconstruct: give one of them only")
+    given = [f"--{name}" for name in ("complete", "reconstruct", "export") if getattr(options, name)]
+    if len(given) > 1:
+        raise GenerateError(f"{' and '.join(given)}: give one of them only")
+    if options.export:
+        if options.export.suffix != ".onnx":
+            raise GenerateError(f"--export {options.export}: must end in .onnx")
+        for path in exported_files(options.export):
+            if path.exists():
+                raise GenerateError(f"--export {options.export}: {path} exists already; choose another name")
+        return
+    if options.output is None:
+        raise GenerateError("--output: missing; give a new folder for the slices")
     if options.output.is_dir() and any(options.output.iterdir()):
         raise GenerateError(f"--output {options.output}: contains files already; choose a new folder")
     if options.output.exists() and not options.output.is_dir():
@@ -179,6 +201,46 @@ def bits_of(generator: Generator, codes: Sequence[np.ndarray], names: Sequence[s
         index = list(known)
         bits[index] = generator.bits_of_codes([level[index] for level in codes], np.array(list(known.values())))
     return bits
+
+
+def exported_files(path: Path) -> tuple[Path, Path]:
+    """Return the names of the exported encoder and decoder."""
+    return path.with_name(f"{path.stem}_encoder.onnx"), path.with_name(f"{path.stem}_decoder.onnx")
+
+
+def export(generator: Generator, path: Path) -> None:
+    """Write the encoder with its quantizer, and the decoder, as ONNX files.
+
+    The encoder maps `images` (B, H, W, 1) float32 in [0, 1] to code indices (B, h, w) int32 per level, the coarsest
+    level first. The decoder maps them, as `codes_0` and so on, to images. If the run has a sharp decoder, this one is
+    exported; it also reads `noise` (B, H, W, 1) float32, normally distributed.
+
+    Raises:
+        GenerateError: tf2onnx is missing, or Keras does not use TensorFlow.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise GenerateError("--export: needs TensorFlow; unset KERAS_BACKEND")
+    try:
+        import tf2onnx
+    except ImportError as error:
+        raise GenerateError("--export: needs tf2onnx; run pip install tf2onnx") from error
+    size, grids = generator.vqvae.image_size, generator.vqvae.grids
+    images = tf.TensorSpec((None, size, size, 1), tf.float32, name="images")
+    codes = [tf.TensorSpec((None, grid, grid), tf.int32, name=f"codes_{i}") for i, grid in enumerate(grids)]
+    noise = tf.TensorSpec((None, size, size, 1), tf.float32, name="noise")
+
+    def decode(*inputs: Any) -> Any:
+        if not generator.decoder:
+            return generator.vqvae.decode_code(inputs)
+        return generator.decoder(dict(zip([*(f"codes_{i}" for i in range(len(grids))), "noise"], inputs, strict=True)))
+
+    functions = (generator.vqvae.encode, [images]), (decode, [*codes, *([noise] if generator.decoder else [])])
+    for file, (function, signature) in zip(exported_files(path), functions, strict=True):
+        compiled = tf.function(function, input_signature=signature, autograph=False)
+        converted = tf2onnx.convert.from_function(compiled, input_signature=signature, opset=ONNX_OPSET)[0]
+        with atomic_path(file) as unfinished:
+            unfinished.write_bytes(converted.SerializeToString())
+        print(f"written to {file}")
 
 
 def save(folder: Path, images: Mapping[str, np.ndarray]) -> None:

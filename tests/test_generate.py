@@ -102,6 +102,7 @@ def test_reconstructions_come_with_their_quality_and_bits(run, made, slices):
         ({"positions": (9,)}, "--positions 9: no training slice has this position; choose from 0 to 2"),
         ({"reconstruct": Path("nowhere")}, "--reconstruct nowhere: no such file or folder"),
         ({"complete": Path("a"), "reconstruct": Path("b")}, "--complete and --reconstruct: give one of them only"),
+        ({"export": Path("brains")}, "--export brains: must end in .onnx"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(run, tmp_path, options, message):
@@ -115,6 +116,26 @@ def test_a_slice_to_complete_needs_a_position_that_occurs(run, slices):
     with pytest.raises(generate.GenerateError, match="give --positions, from 0 to 2"):
         run(complete=slices / "inner" / "case_001_slice_7.png")
     run(complete=slices / "inner" / "case_001_slice_7.png", positions=(2,), num_samples=1)
+
+
+@pytest.mark.parametrize("is_sharp", [True, False])
+def test_exported_networks_compute_the_same(made, tmp_path, monkeypatch, is_sharp):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    generator = made if is_sharp else test_generator.make((4, 8))
+    monkeypatch.setattr(Generator, "load", lambda folder: generator)
+    generate.main(generate.Options(tmp_path / "run", export=tmp_path / "brains.onnx"))
+    encoder, decoder = (runtime.InferenceSession(path) for path in generate.exported_files(tmp_path / "brains.onnx"))
+    random = np.random.default_rng(0)
+    images, noise = random.random((3, 32, 32, 1), np.float32), random.normal(size=(3, 32, 32, 1)).astype(np.float32)
+    codes = encoder.run(None, {"images": images})
+    assert all(np.array_equal(a, b) for a, b in zip(codes, generator.encode(images), strict=True))
+    inputs = {f"codes_{level}": indices for level, indices in enumerate(codes)}
+    inputs |= {"noise": noise} if is_sharp else {}
+    expected = generator.decoder(inputs) if is_sharp else generator.decode(codes)
+    np.testing.assert_allclose(decoder.run(None, inputs)[0], expected, atol=1e-4)
+    with pytest.raises(generate.GenerateError, match="exists already"):
+        generate.main(generate.Options(tmp_path / "run", export=tmp_path / "brains.onnx"))
 
 
 def test_broken_slices_are_refused_or_left_out(run, slices, tmp_path):
