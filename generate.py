@@ -14,6 +14,7 @@ import console
 
 if __name__ == "__main__":
     console.start()
+console.import_tensorflow()
 
 import sys
 from collections.abc import Mapping, Sequence

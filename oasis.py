@@ -210,6 +210,11 @@ def reorient(
     return reoriented, sizes, middle + to_world[2, 2] * np.arange(top) + to_world[2, 3]
 
 
+def is_orientation(letters: str) -> bool:
+    """Whether letters say where three axes point: one of L and R, one of A and P, one of I and S, such as LIA."""
+    return re.fullmatch(r"(?=.*[LR])(?=.*[AP])(?=.*[IS])[LRAPIS]{3}", letters) is not None
+
+
 def normalise(data: np.ndarray, name: str) -> np.ndarray:
     """Scale intensities so that only the background is 0 and the brain's `PERCENTILE` is 1.
 
@@ -323,7 +328,7 @@ def check(options: Options) -> None:
             raise OasisError(f"{name} is {value}: must be finite")
     if options.lowest is not None and options.highest is not None and not options.lowest < options.highest:
         raise OasisError(f"lowest is {options.lowest}: must be below highest, which is {options.highest}")
-    if options.orientation and not re.fullmatch(r"(?=.*[LR])(?=.*[AP])(?=.*[IS])[LRAPIS]{3}", options.orientation):
+    if options.orientation and not is_orientation(options.orientation):
         raise OasisError(f"orientation is {options.orientation}: must be three of L or R, A or P, I or S, such as LIA")
 
 

@@ -1,0 +1,497 @@
+"""Serve a page on which brains are drawn, changed and completed with a finished run.
+
+    python app.py runs/oasis96              then open the address that it prints
+
+The page and everything on it come from this process, and nothing leaves the machine. The run folder is only read.
+"""
+
+import console
+
+if __name__ == "__main__":
+    console.start()
+console.import_tensorflow()
+
+import base64
+import csv
+import io
+import json
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+from PIL import Image
+
+import dataset
+import editing
+import naming
+import oasis
+import pngs
+from generator import Generator
+
+PAGE = Path(__file__).with_name("app.html")
+LOCAL = ("127.0.0.1", "localhost")
+MAX_BODY = 128 * 2**20  # bytes of a request: a compressed volume with 1 mm voxels has about 10 MB
+MAX_IMAGES = 48  # per request
+MAX_SEED = 2**32 - 1
+MAX_VOLUMES = 4  # that are kept in memory
+BUSY = 2  # requests that compute at the same time; others wait
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command."""
+
+    run_dir: tyro.conf.Positional[Path]  # folder of a finished run
+    port: int = 8000  # port to listen on; 0 chooses a free one
+    host: str = "127.0.0.1"  # address to listen on; any other lets other machines use the page
+
+
+# --------------------------------------------------------------------------------------------------- tools
+
+
+class Studio:
+    """What the page can do with a run. Each tool takes the JSON of a request and returns that of the answer.
+
+    A brain is a dictionary: `codes`, code indices (h, w) per level; `noise`, the seed of the sharp decoder's noise;
+    `position`, its slice position; and `image`, a PNG as a data URL, which only answers have.
+
+    Args:
+        generator: The trained networks.
+        name: Name of the run.
+        unseen_bits: (N,) bits of the codes of slices of unseen subjects, to compare others with; may be empty.
+    """
+
+    def __init__(self, generator: Generator, name: str, unseen_bits: np.ndarray) -> None:
+        self.generator, self.name, self.unseen_bits = generator, name, np.sort(unseen_bits)
+        self.volumes: dict[str, oasis.Volume] = {}
+        self.tools: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "draw": self.draw,
+            "redraw": self.redraw,
+            "vary": self.vary,
+            "complete": self.complete,
+            "walk": self.walk,
+            "positions": self.positions,
+            "slice": self.slice,
+        }
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Studio":
+        """Load a finished run. Raises `UserError` if it cannot be used."""
+        bits, table = [], run_dir / "test_slices.csv"
+        if table.is_file():
+            with table.open(encoding="utf-8", newline="") as file:
+                bits = [sum(float(v) for k, v in row.items() if k.endswith("nats")) for row in csv.DictReader(file)]
+        return cls(Generator.load(run_dir), run_dir.resolve().name, np.array(bits) / np.log(2))
+
+    def info(self) -> dict[str, Any]:
+        """What the page needs to know about the run."""
+        vqvae = self.generator.vqvae
+        return {
+            "name": self.name,
+            "size": vqvae.image_size,
+            "crop": self.generator.crop,
+            "grids": list(vqvae.grids),
+            "codes": self.generator.num_embeddings,
+            "positions": self.generator.positions.tolist(),
+            "sharp": self.generator.decoder is not None,
+            "max_images": MAX_IMAGES,
+        }
+
+    def draw(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Draw new brains at a position."""
+        position, count, seed = self._position(request), _integer(request, "count", 1, MAX_IMAGES), _seed(request)
+        codes = self.generator.sample_codes([position] * count, seed, **_limits(request))
+        return {"brains": self._brains(codes, position, seed)}
+
+    def redraw(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Draw the codes of a brain with other noise. Also returns the standard deviation of each pixel as a map."""
+        brain, count = self._brain(request, "brain"), _integer(request, "count", 1, MAX_IMAGES)
+        codes = [np.repeat(level, count, axis=0) for level in brain["codes"]]
+        seed = _seed(request)
+        images = np.concatenate(
+            [self.generator.draw([level[i : i + 1] for level in codes], (seed + i) % MAX_SEED) for i in range(count)]
+        )
+        brains = [
+            _describe([level[0] for level in brain["codes"]], brain["position"], (seed + i) % MAX_SEED, image)
+            for i, image in enumerate(images)
+        ]
+        return {"brains": brains, "deviation": _map_url(images.std(axis=0)[..., 0], 0.1)}
+
+    def vary(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Sample the codes of a region of a brain again."""
+        brain, kept, seed = self._brain(request, "brain"), self._kept(request), _seed(request)
+        count = _integer(request, "count", 1, MAX_IMAGES)
+        limits = _limits(request)
+        codes = editing.complete_codes(self.generator, brain["codes"], kept, brain["position"], count, seed, **limits)
+        return {
+            "brains": self._brains(codes, brain["position"], brain["noise"], is_common=True),
+            "exact": editing.is_exact(self.generator, kept),
+        }
+
+    def complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Draw a region of an image again, given the rest."""
+        image, kept, position = self._image(request), self._kept(request), self._position(request)
+        count, seed = _integer(request, "count", 1, MAX_IMAGES), _seed(request)
+        images = editing.complete(self.generator, image, kept, position, count, seed, **_limits(request))
+        exact = editing.is_exact(self.generator, kept) or editing.is_exact(self.generator, kept[:, ::-1])
+        return {"images": [_image_url(drawn) for drawn in images], "exact": exact}
+
+    def walk(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Draw the way from one brain to another."""
+        first, second = self._brain(request, "first"), self._brain(request, "second")
+        steps = _integer(request, "steps", 2, MAX_IMAGES)
+        images = self.generator.walk(first["codes"], second["codes"], steps, first["noise"])
+        return {"images": [_image_url(image) for image in images]}
+
+    def positions(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Draw a brain at every slice position with the same random numbers."""
+        positions, seed = self.generator.positions, _seed(request)
+        codes = self.generator.sample_codes(positions, seed, **_limits(request), is_common=True)
+        images = self.generator.draw(codes, seed, is_common=True)
+        return {"images": [_image_url(image) for image in images], "positions": positions.tolist()}
+
+    def slice(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Reconstruct an image, and say where its codes are improbable.
+
+        If the request has no position, the one is used at which the codes are most probable.
+        """
+        image = self._image(request)
+        codes = self.generator.encode(image[None])
+        if request.get("position") is None:
+            every = [self.generator.bits_of_codes(codes, [position])[0] for position in self.generator.positions]
+            position = int(self.generator.positions[int(np.argmin(every))])
+        else:
+            position = self._position(request)
+        by_level = self.generator.nats_of_codes(codes, [position])
+        bits = sum(level.sum() for level in by_level) / np.log(2)
+        size = self.generator.vqvae.image_size
+        nats = sum(np.kron(level[0], np.ones((size // len(level[0]),) * 2)) for level in by_level)
+        decoded = self.generator.decode(codes)[0]
+        below = np.searchsorted(self.unseen_bits, bits) / max(len(self.unseen_bits), 1)
+        return {
+            "brain": _describe([level[0] for level in codes], position, 0, self.generator.draw(codes)[0]),
+            "original": _image_url(image),
+            "faithful": _image_url(decoded),
+            "error": _map_url(np.abs(decoded - image)[..., 0], 0.3),
+            "bits_map": _map_url(nats / np.log(2), 12 * len(by_level)),
+            "bits": float(bits),
+            "mean_error": float(np.abs(decoded - image).mean()),
+            "fraction_below": float(below) if len(self.unseen_bits) else None,
+            "unseen": len(self.unseen_bits),
+        }
+
+    # ------------------------------------------------------------------------------------------- files
+
+    def open_file(self, name: str, content: bytes, orientation: str = "") -> dict[str, Any]:
+        """Read a PNG, or a volume of which the page then asks for slices.
+
+        Args:
+            name: Name of the file.
+            content: Its bytes.
+            orientation: Where the axes of a volume point, such as "LIA". Empty if its affine says so.
+
+        Returns:
+            `image`, a PNG as a data URL, with its slice position if the file's name says it; or `volume`, a key for the
+            requests that follow.
+        """
+        if orientation and not oasis.is_orientation(orientation.upper()):
+            raise BadRequest(f"orientation is {orientation}: must be three letters such as LIA, one for each axis")
+        with tempfile.TemporaryDirectory() as folder:
+            suffix = next((s for s in (*naming.VOLUME_SUFFIXES, ".png") if name.lower().endswith(s)), None)
+            if suffix is None:
+                raise BadRequest(f"{name}: is neither a PNG nor a NIfTI or MGH volume; choose another file")
+            if suffix.startswith((".img", ".hdr")):
+                raise BadRequest(f"{name}: Analyze volumes consist of two files; convert them to NIfTI first")
+            path = Path(folder) / f"file{suffix}"
+            path.write_bytes(content)
+            try:
+                if suffix == ".png":
+                    grey = pngs.decode(path, self.generator.vqvae.image_size, self.generator.crop).grey
+                    return {"image": _image_url(dataset.to_float(grey)[..., None]), "position": self._position_of(name)}
+                volume = oasis.read_volume(path, name, orientation.upper() or None)
+            except console.UserError as error:
+                raise BadRequest(str(error).replace(str(path), name)) from error
+        while len(self.volumes) >= MAX_VOLUMES:
+            del self.volumes[next(iter(self.volumes))]
+        key = base64.urlsafe_b64encode(np.random.default_rng().bytes(12)).decode()
+        self.volumes[key] = volume
+        return {"volume": key}
+
+    def _position_of(self, name: str) -> int | None:
+        position = naming.slice_position(name)
+        return position if position in self.generator.positions.tolist() else None
+
+    # ---------------------------------------------------------------------------------------- requests
+
+    def _position(self, request: dict[str, Any]) -> int:
+        positions = self.generator.positions
+        position = _integer(request, "position", int(positions.min()), int(positions.max()))
+        if position not in positions:
+            raise BadRequest(f"position is {position}: no training slice has this position")
+        return position
+
+    def _brain(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+        brain = request.get(key)
+        if not isinstance(brain, dict) or not isinstance(brain.get("codes"), list):
+            raise BadRequest(f"{key} is missing: draw or open a brain first")
+        codes, grids = brain["codes"], self.generator.vqvae.grids
+        try:
+            arrays = [np.array(level, dtype=np.int64) for level in codes]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadRequest(f"{key} has codes that are not whole numbers") from error
+        if [array.shape for array in arrays] != [(grid, grid) for grid in grids]:
+            raise BadRequest(f"{key} has codes of another shape than {self.name} uses")
+        if any(array.min() < 0 or array.max() >= self.generator.num_embeddings for array in arrays):
+            raise BadRequest(f"{key} has codes outside of 0 to {self.generator.num_embeddings - 1}")
+        return {
+            "codes": [array.astype(np.int32)[None] for array in arrays],
+            "noise": _integer(brain, "noise", 0, MAX_SEED),
+            "position": self._position(brain),
+        }
+
+    def _kept(self, request: dict[str, Any]) -> np.ndarray:
+        """Which pixels are kept, (H, W) bool, from `drawn`: which cells of the finest grid are drawn again."""
+        grid, size = self.generator.vqvae.grids[-1], self.generator.vqvae.image_size
+        drawn = request.get("drawn")
+        if (
+            not isinstance(drawn, list)
+            or len(drawn) != grid * grid
+            or any(v not in (0, 1) for v in drawn)
+            or not any(drawn)
+        ):
+            raise BadRequest(f"drawn must be {grid * grid} numbers, 0 or 1, and not all 0: mark a region first")
+        cells = np.array(drawn, bool).reshape(grid, grid)
+        return ~np.kron(cells, np.ones((size // grid,) * 2, bool))
+
+    def _image(self, request: dict[str, Any]) -> np.ndarray:
+        """The image (H, W, 1) in [0, 1] of a request: `image`, a data URL, or the slice of a volume."""
+        if "volume" in request:
+            return self._volume_slice(request)
+        url, size = request.get("image"), self.generator.vqvae.image_size
+        if not isinstance(url, str) or not url.startswith("data:image/png;base64,"):
+            raise BadRequest("image is missing: choose a slice first")
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=("PNG",)) as png:
+                if png.size != (size, size):
+                    raise BadRequest(f"image has {png.width} × {png.height} pixels: must have {size} × {size}")
+                return dataset.to_float(np.asarray(png.convert("L")))[..., None]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadRequest(f"image is not a PNG ({error})") from error
+
+    def _volume_slice(self, request: dict[str, Any]) -> np.ndarray:
+        volume = self.volumes.get(str(request["volume"]))
+        if volume is None:
+            raise BadRequest("the volume is no longer in memory: open it again")
+        height = _number(request, "height", 0, 100) / 100
+        grey = oasis.cut_slice(volume, height * (volume.data.shape[2] - 1))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "slice.png"
+            Image.fromarray(grey).save(path)
+            decoded = pngs.decode(path, self.generator.vqvae.image_size, self.generator.crop)
+        return dataset.to_float(decoded.grey)[..., None]
+
+    def _brains(
+        self, codes: Sequence[np.ndarray], position: int, noise: int, is_common: bool = False
+    ) -> list[dict[str, Any]]:
+        """Draw and describe brains. Each of them has noise that its seed alone gives again."""
+        count = len(codes[0])
+        seeds = [noise if is_common else (noise + i) % MAX_SEED for i in range(count)]
+        images = [self.generator.draw([level[i : i + 1] for level in codes], seeds[i])[0] for i in range(count)]
+        return [_describe([level[i] for level in codes], position, seeds[i], images[i]) for i in range(count)]
+
+
+def _describe(codes: Sequence[np.ndarray], position: int, noise: int, image: np.ndarray) -> dict[str, Any]:
+    return {"codes": [c.tolist() for c in codes], "position": position, "noise": noise, "image": _image_url(image)}
+
+
+def _integer(request: dict[str, Any], name: str, lowest: int, highest: int) -> int:
+    value = request.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise BadRequest(f"{name} is {value!r}: must be a whole number from {lowest} to {highest}")
+    return value
+
+
+def _number(request: dict[str, Any], name: str, lowest: float, highest: float) -> float:
+    value = request.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise BadRequest(f"{name} is {value!r}: must be a number from {lowest:g} to {highest:g}")
+    return float(value)
+
+
+def _seed(request: dict[str, Any]) -> int:
+    return _integer(request, "seed", 0, MAX_SEED)
+
+
+def _limits(request: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "temperature": _number(request, "temperature", 0.05, 5),
+        "top_p": _number(request, "top_p", 0.01, 1),
+    }
+
+
+def _image_url(image: np.ndarray) -> str:
+    """A grey image (H, W, 1) in [0, 1] as a PNG in a data URL."""
+    return _url(Image.fromarray((np.clip(image[..., 0], 0, 1) * 255).round().astype(np.uint8)))
+
+
+def _map_url(values: np.ndarray, brightest: float) -> str:
+    """Numbers (H, W) from 0 to `brightest` in colours, as a PNG in a data URL."""
+    colours = matplotlib.colormaps["inferno"](np.clip(values / brightest, 0, 1), bytes=True)
+    return _url(Image.fromarray(colours[..., :3]))
+
+
+def _url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# -------------------------------------------------------------------------------------------------- server
+
+
+def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
+    """Make a server of the page.
+
+    Raises:
+        UserError: The address or port cannot be used.
+    """
+    computing, page = threading.BoundedSemaphore(BUSY), PAGE.read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version, timeout = "HTTP/1.1", 60
+
+        def do_GET(self) -> None:
+            if not self._is_ours():
+                return
+            if self.path == "/":
+                self._send(200, page, "text/html; charset=utf-8")
+            elif self.path == "/api/info":
+                self._send_json(200, studio.info())
+            else:
+                self._refuse(404, f"{self.path}: no such page")
+
+        def do_POST(self) -> None:
+            if not self._is_ours():
+                return
+            try:
+                name = self.path.removeprefix("/api/")
+                if name != "open" and name not in studio.tools:
+                    self.close_connection = True
+                    self._refuse(404, f"{self.path}: no such tool")
+                    return
+                body = self._body()
+                with computing:
+                    if name == "open":
+                        answer = studio.open_file(self._file_name(), body, self.headers.get("X-Orientation", ""))
+                    else:
+                        answer = studio.tools[name](_parse(body))
+                self._send_json(200, answer)
+            except BadRequest as error:
+                self._refuse(400, str(error))
+            except (BrokenPipeError, ConnectionResetError, TimeoutError):
+                self.close_connection = True  # The page was closed.
+            except Exception as error:  # The server must survive whatever a request makes fail.
+                console.warn(f"{self.path}: {type(error).__name__}: {error}")
+                self._refuse(500, "the server could not answer; see its output")
+
+        def _is_ours(self) -> bool:
+            """Whether the request is made to this address, by this page. Other sites must not reach it."""
+            own = {f"{name}:{server.server_port}" for name in (host, *LOCAL)}
+            origin = self.headers.get("Origin")
+            if self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own):
+                return True
+            self.close_connection = True
+            self._refuse(403, "open the page at the address that app.py has printed")
+            return False
+
+        def _body(self) -> bytes:
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or int(length) > MAX_BODY:
+                self.close_connection = True
+                raise BadRequest(f"the request is larger than {MAX_BODY // 2**20} MB, or does not say how large it is")
+            return self.rfile.read(int(length))
+
+        def _file_name(self) -> str:
+            """The name of an uploaded file, which the page sends as base64 because headers are not Unicode."""
+            try:
+                return Path(base64.b64decode(self.headers.get("X-File-Name", "")).decode()).name
+            except ValueError as error:
+                raise BadRequest("X-File-Name is not base64") from error
+
+        def _refuse(self, status: int, message: str) -> None:
+            self._send_json(status, {"error": console.one_line(message)})
+
+        def _send_json(self, status: int, content: dict[str, Any]) -> None:
+            self._send(status, json.dumps(content).encode(), "application/json")
+
+        def _send(self, status: int, content: bytes, kind: str) -> None:
+            self.send_response(status)
+            headers = {
+                "Content-Type": kind,
+                "Content-Length": str(len(content)),
+                "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff",
+                "Content-Security-Policy": "default-src 'self' data: blob: 'unsafe-inline'; frame-ancestors 'none'",
+            }
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Print nothing for each request."""
+
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise console.UserError(f"--port {port}: cannot listen on {host} ({reason}); choose another --port") from error
+    server.daemon_threads = True
+    return server
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(body)
+    except ValueError as error:
+        raise BadRequest("the request is not JSON") from error
+    if not isinstance(request, dict):
+        raise BadRequest("the request is not a JSON object")
+    return request
+
+
+def main(options: Options) -> None:
+    """Load the run and serve the page until Ctrl-C."""
+    studio = Studio.load(options.run_dir)
+    server = make_server(studio, options.host, options.port)
+    if options.host not in LOCAL:
+        console.warn(f"--host {options.host}: everybody who can reach this address can use the page and this machine")
+    position = int(studio.generator.positions[len(studio.generator.positions) // 2])
+    for count in (1, 2):  # Compiles the sampler for any number of brains.
+        studio.draw({"position": position, "count": count, "seed": 0, "temperature": 1.0, "top_p": 1.0})
+    with server:
+        print(f"open http://{options.host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+
+
+def command_line() -> int:
+    """Run the command and return its exit status; see `console.run_command`."""
+    return console.run_command(lambda: main(tyro.cli(Options, description=__doc__)), "the page is closed")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
