@@ -1,6 +1,7 @@
 """Serve a page on which brains are drawn, changed and completed with a finished run.
 
-    python app.py runs/oasis96              then open the address that it prints
+    python app.py runs/oasis96      then open the address that it prints
+    python app.py                   the same with the networks that come with the project
 
 The page and everything on it come from this process, and nothing leaves the machine. The run folder is only read.
 """
@@ -37,6 +38,7 @@ import pngs
 from generator import Generator
 
 PAGE = Path(__file__).with_name("app.html")
+WEIGHTS = Path(__file__).with_name("weights") / "oasis96"  # A compact copy of a run; see generate.py.
 LOCAL = ("127.0.0.1", "localhost")
 MAX_BODY = 128 * 2**20  # bytes of a request: a compressed volume with 1 mm voxels has about 10 MB
 MAX_IMAGES = 48  # per request
@@ -53,7 +55,7 @@ class BadRequest(Exception):
 class Options:
     """Options of the command."""
 
-    run_dir: tyro.conf.Positional[Path]  # folder of a finished run
+    run_dir: tyro.conf.Positional[Path] = WEIGHTS  # folder of a finished run
     port: int = 8000  # port to listen on; 0 chooses a free one
     host: str = "127.0.0.1"  # address to listen on; any other lets other machines use the page
 

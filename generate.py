@@ -4,10 +4,12 @@
     python generate.py runs/oasis96 --complete slice.png --keep left --num-samples 4 --output completed
     python generate.py runs/oasis96 --reconstruct slices --output reconstructed
 
+    python generate.py runs/oasis96 --compact small
     python generate.py runs/oasis96 --export oasis96.onnx
 
-Slices are written to a new folder. If the command is stopped, nothing is written. The last command writes the encoder
-with its quantizer, oasis96_encoder.onnx, and the decoder, oasis96_decoder.onnx; it needs `pip install tf2onnx`.
+Everything is written to a new folder. If the command is stopped, nothing is written. `--compact` writes a copy of the
+networks with rounded weights, to pass on: a third as large, and read like the run. `--export` writes the encoder with
+its quantizer, oasis96_encoder.onnx, and the decoder, oasis96_decoder.onnx; it needs `pip install tf2onnx`.
 """
 
 import console
@@ -16,7 +18,10 @@ if __name__ == "__main__":
     console.start()
 console.import_tensorflow()
 
+import csv
+import json
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +36,16 @@ from PIL import Image
 import dataset
 import editing
 import metrics
+import model
 import naming
 import pngs
 import seeds
+import training
 from generator import Generator
-from run import atomic_path, write_table
+from run import atomic_path, write_json, write_table
 
 ONNX_OPSET = 18
+MANTISSA_BITS = 7  # Of the weights in a compact copy, as in bfloat16.
 
 
 class GenerateError(console.UserError):
@@ -46,7 +54,7 @@ class GenerateError(console.UserError):
 
 @dataclass(frozen=True)
 class Options:
-    """RUN_DIR is required, and --output unless --export is given."""
+    """RUN_DIR is required, and --output unless --compact or --export is given."""
 
     run_dir: tyro.conf.Positional[Path]  # folder of a finished run
     output: Path | None = None  # new folder for the slices that are written
@@ -63,6 +71,7 @@ class Options:
     top_p: float = 1.0  # sample among the most likely codes that together have this probability
     sharp: bool = True  # draw with the sharp decoder, if the run has one
     skip_broken_slices: bool = False  # leave out PNGs that cannot be read, with --reconstruct
+    compact: Path | None = None  # new folder for a small copy of the networks
     export: Path | None = None  # export encoder and decoder to ONNX files with this name, and draw nothing
 
 
@@ -78,6 +87,9 @@ def main(options: Options) -> None:
         generator = generator.replace(decoder=None)
     if options.export:
         export(generator, options.export)
+        return
+    if options.compact:
+        compact(generator, options.run_dir, options.compact)
         return
     assert options.output
     unknown = set(options.positions) - set(generator.positions.tolist())
@@ -108,7 +120,7 @@ def check(options: Options) -> None:
     require("temperature", 0 < options.temperature < float("inf"), "a positive number")
     require("top-k", options.top_k >= 0, "0 or more")
     require("top-p", 0 < options.top_p <= 1, "above 0 and at most 1")
-    given = [f"--{name}" for name in ("complete", "reconstruct", "export") if getattr(options, name)]
+    given = [f"--{name}" for name in ("complete", "reconstruct", "compact", "export") if getattr(options, name)]
     if len(given) > 1:
         raise GenerateError(f"{' and '.join(given)}: give one of them only")
     if options.export:
@@ -118,12 +130,13 @@ def check(options: Options) -> None:
             if path.exists():
                 raise GenerateError(f"--export {options.export}: {path} exists already; choose another name")
         return
-    if options.output is None:
+    name, folder = ("compact", options.compact) if options.compact else ("output", options.output)
+    if folder is None:
         raise GenerateError("--output: missing; give a new folder for the slices")
-    if options.output.is_dir() and any(options.output.iterdir()):
-        raise GenerateError(f"--output {options.output}: contains files already; choose a new folder")
-    if options.output.exists() and not options.output.is_dir():
-        raise GenerateError(f"--output {options.output}: is a file; choose a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise GenerateError(f"--{name} {folder}: contains files already; choose a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise GenerateError(f"--{name} {folder}: is a file; choose a new folder")
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -202,6 +215,50 @@ def bits_of(generator: Generator, codes: Sequence[np.ndarray], names: Sequence[s
         index = list(known)
         bits[index] = generator.bits_of_codes([level[index] for level in codes], np.array(list(known.values())))
     return bits
+
+
+def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
+    """Write the networks with rounded weights, and what else `Generator.load` and app.py read of a run.
+
+    Weights are rounded to `MANTISSA_BITS`, so that compression halves their size or better. The folder of the slices
+    and the names of the subjects are left out.
+    """
+    networks: dict[str, keras.Model] = {"vqvae": generator.vqvae}
+    networks |= dict(zip(model.prior_names(len(generator.priors)), generator.priors, strict=True))
+    networks |= {"decoder": generator.decoder} if generator.decoder else {}
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    config["constants"] |= {"data_dir": None, "start_from": None}
+    with atomic_path(folder) as unfinished:
+        unfinished.mkdir()
+        for name, network in networks.items():
+            network.set_weights([rounded(weights) for weights in network.get_weights()])
+            save_compressed(network, unfinished / f"{name}.keras")
+        write_json(unfinished / "config.json", config)
+        table = run_dir / "test_slices.csv"
+        if table.is_file():
+            with table.open(encoding="utf-8", newline="") as file:
+                rows = [{k: v for k, v in row.items() if k != "subject"} for row in csv.DictReader(file)]
+            write_table(unfinished / "test_slices.csv", rows)
+    print(f"written to {folder}")
+
+
+def rounded(weights: np.ndarray) -> np.ndarray:
+    """Round float32 numbers to `MANTISSA_BITS`; other arrays are returned as they are."""
+    if weights.dtype != np.float32:
+        return weights
+    dropped = 23 - MANTISSA_BITS
+    bits = weights.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
+    return (bits >> dropped << dropped).astype(np.uint32).view(np.float32)
+
+
+def save_compressed(network: keras.Model, path: Path) -> None:
+    """Save a network as `training.save_model` does, but compressed; Keras reads both."""
+    training.save_model(network, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, 9)
 
 
 def exported_files(path: Path) -> tuple[Path, Path]:

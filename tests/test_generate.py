@@ -138,6 +138,30 @@ def test_exported_networks_compute_the_same(made, tmp_path, monkeypatch, is_shar
         generate.main(generate.Options(tmp_path / "run", export=tmp_path / "brains.onnx"))
 
 
+def test_rounded_weights_differ_by_less_than_half_a_percent():
+    weights = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    rounded = generate.rounded(weights)
+    np.testing.assert_allclose(rounded, weights, rtol=0.5**generate.MANTISSA_BITS / 2 * 1.01)
+    assert len(np.unique(rounded.view(np.uint32) & 0xFFFF)) == 1
+    assert np.array_equal(generate.rounded(np.arange(3)), np.arange(3))
+
+
+@pytest.mark.parametrize("grids", [(4,), (4, 8)])
+def test_a_compact_copy_is_read_like_the_run(tmp_path, grids):
+    folder = tmp_path / "run"
+    test_generator.write_run(folder, test_generator.make(grids))
+    (folder / "test_slices.csv").write_text("subject,position,nats\nsomebody,3,70.5\n")
+    generate.main(generate.Options(folder, compact=tmp_path / "small"))
+    original, copy = Generator.load(folder), Generator.load(tmp_path / "small")
+    codes = original.sample_codes([0, 1, 2])
+    np.testing.assert_allclose(copy.decode(codes), original.decode(codes), atol=0.1)
+    assert [prior.settings for prior in copy.priors] == [prior.settings for prior in original.priors]
+    assert (tmp_path / "small" / "test_slices.csv").read_text() == "position,nats\n3,70.5\n"
+    for path in folder.glob("*.keras"):
+        assert (tmp_path / "small" / path.name).stat().st_size < 0.8 * path.stat().st_size
+    assert "slices of mine" not in (tmp_path / "small" / "config.json").read_text()
+
+
 def test_broken_slices_are_refused_or_left_out(run, slices, tmp_path):
     (slices / "inner" / "broken_slice_0.png").write_bytes(b"no PNG")
     with pytest.raises(console.UserError, match=r"broken_slice_0.png: is not a PNG image"):

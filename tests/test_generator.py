@@ -188,10 +188,15 @@ def save(folder: Path, made: Generator) -> None:
         training.save_model(network, folder / f"{name}.keras")
 
 
-def test_a_finished_run_is_loaded(made, images, tmp_path):
-    new = Run(tmp_path, {"data_dir": None}, {"project": project_version()})
+def write_run(folder: Path, made: Generator) -> None:
+    """Write what `Generator.load` reads of a finished run."""
+    new = Run(folder, {"data_dir": "slices of mine"}, {"project": project_version()})
     with new.start("data", slice_positions=[0, 1, 2], crop=192):
-        save(tmp_path, made)
+        save(folder, made)
+
+
+def test_a_finished_run_is_loaded(made, images, tmp_path):
+    write_run(tmp_path, made)
     loaded = Generator.load(str(tmp_path))
     assert (loaded.positions.tolist(), loaded.crop) == ([0, 1, 2], 192)
     assert loaded.level_names == made.level_names
