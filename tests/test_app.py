@@ -391,3 +391,15 @@ def test_the_page_names_every_tool(studio):
     page = Path(app.PAGE).read_text(encoding="utf-8")
     assert all(f'call("{name}"' in page for name in studio.tools)
     assert set(editing.HALVES) <= set(re.findall(r'data-region="(\w+)"', page))
+
+
+def test_the_networks_that_come_along_are_small_and_draw_brains():
+    files = [path for path in app.WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 15e6
+    assert json.loads((app.WEIGHTS / "config.json").read_text())["constants"]["data_dir"] is None
+    studio = app.Studio.load(app.WEIGHTS)
+    images = studio.generator.sample([14, 14], seed=1)
+    assert len(studio.unseen_bits) == 360
+    assert np.all(images.mean(axis=(1, 2, 3)) > 0.1)
+    assert not images[:, :4, :4].any()
+    assert np.abs(images[0] - images[1]).mean() > 0.01
