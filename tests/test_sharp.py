@@ -60,6 +60,8 @@ def test_noise_changes_the_detail_and_nothing_else_does(vqvae):
 def test_background_stays_black_whatever_the_noise():
     vqvae = test_generator.make((4, 8)).vqvae
     decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    for codebook, quantizer in zip(decoder.codebooks, vqvae.quantizers, strict=True):
+        codebook.set_weights([ops.convert_to_numpy(quantizer.embeddings)])  # code 0 is the background's zero vector
     codes = some_codes(vqvae)
     codes[-1][:, :, :2] = 0
     decoded = ops.convert_to_numpy(decoder(inputs_of(codes)))
