@@ -21,11 +21,13 @@ class Config:
     synthetic_subjects: int = 64  # number of subjects of the synthetic slices, 16 slices each
     run_dir: Path | None = None  # folder for everything that the run writes; None: runs/ and the name
     start_from: Path | None = None  # folder of a finished run whose networks training begins with; None: from scratch
+    keep: tuple[str, ...] = ()  # networks that are taken from start_from as they are, as in vqvae prior
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
     seed: int = 0  # determines initial weights, shuffling, dropout, samples and the synthetic slices
 
     crop: int | None = None  # side of the central square of each slice that is used; None: what the brains need; 0: all
     image_size: int = 96  # height and width in pixels; slices are cropped and then resized to it
+    coding_size: int | None = None  # height and width of the images that the VQ-VAE encodes; None: image_size
     grids: tuple[int, ...] = (12,)  # side of each level's code grid, one or two, the coarsest first, as in 32 64
     channels: int = 64  # of the encoder's first convolution; coarser resolutions have twice as many
     residual_blocks: int = 2  # at each code grid, in encoder and decoder; half as many at twice its resolution
@@ -66,6 +68,7 @@ class Config:
     prior_learning_rate: float = 1e-3  # peak, as above
 
     decoder_epochs: int = 12  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
+    decoder_batch_size: int = 4  # slices per training step of the sharp decoder
     decoder_learning_rate: float = 2e-4  # peak, as above
     adversarial_weight: float = 0.006  # of the discriminator's verdict in the loss of the sharp decoder
 
@@ -128,7 +131,7 @@ def main(config: Config) -> dict[str, Any]:
         slices = load_slices(config)
         fingerprint, positions = dataset.fingerprint(slices), np.unique(slices["train"].positions)
         options.check_same_in_all_processes(config, fingerprint)
-        found = training.initial_networks(config.start_from, stages.makers(config), run) if run else {}
+        found = training.initial_networks(config.start_from, stages.makers(config), run, config.keep) if run else {}
         facts = {"slice_positions": positions.tolist(), "crop": slices["train"].crop}
         with run.start(fingerprint, found, **facts) if run else contextlib.nullcontext():
             if devices.broadcast_from_main(run is not None and run.is_complete()):
@@ -190,7 +193,7 @@ def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes,
     if not config.decoder_epochs:
         return generator
     stage = stages.decoder_stage(config, slices, codes, generator)
-    decoder = training.train(stage, run, **options.training_settings(config) | {"start_from": None})
+    decoder = training.train(stage, run, **options.training_settings(config) | {"start_from": None, "keep": ()})
     return generator.replace(decoder=decoder) if config.sharp_samples else generator
 
 

@@ -49,6 +49,35 @@ def gaussian_matrix(size: int, sigma: float = 1.5, radius: int = 5) -> np.ndarra
     return matrix.astype(np.float32)
 
 
+def resizing_matrix(size: int, new_size: int) -> np.ndarray:
+    """Return the matrix that resizes a vector by bicubic interpolation (Keys 1981), with antialiasing, as Pillow does.
+
+    `matrix @ image @ matrix.T` resizes a square image.
+
+    Args:
+        size: Length of the vector.
+        new_size: Length of the resized vector.
+
+    Returns:
+        (new_size, size) float32. Each row adds up to 1.
+    """
+    step = size / new_size
+    centres = (np.arange(new_size)[:, None] + 0.5) * step
+    x = np.abs(np.arange(size) + 0.5 - centres) / max(step, 1.0)
+    inner, outer = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def resize(images: Tensor, new_size: int) -> Tensor:
+    """Resize square images (B, S, S, 1) bicubically: (B, new_size, new_size, 1) float32; see `resizing_matrix`."""
+    images = ops.cast(images, "float32")
+    if images.shape[1] == new_size:
+        return images
+    matrix = ops.convert_to_tensor(resizing_matrix(images.shape[1], new_size))
+    return (matrix @ images[..., 0] @ ops.transpose(matrix))[..., None]
+
+
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     """Return the structural similarity of two batches of images at every pixel (Wang et al. 2004, equation 13).
 

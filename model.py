@@ -25,6 +25,7 @@ from layers import (
     VectorQuantizer,
     position_features,
     replica_index_and_count,
+    resize,
     ssim,
     ssim_map,
     sum_over_replicas,
@@ -54,24 +55,24 @@ def critic_names(num_levels: int) -> tuple[str, ...]:
     return tuple(f"{prefix}critic" for prefix in level_prefixes(num_levels))
 
 
-def check_grids(image_size: int, grids: Sequence[int]) -> None:
+def check_grids(coding_size: int, grids: Sequence[int]) -> None:
     """Check that a VQ-VAE can have these grids.
 
     Args:
-        image_size: Height and width of an image in pixels.
+        coding_size: Height and width in pixels of the images that are encoded.
         grids: Height and width of the code grid of each level, coarsest first.
 
     Raises:
         ValueError: If there are not one or two grids, or one is not smaller than the next, or the last one than the
             image, by a power of two.
     """
-    finer = [*grids[1:], image_size][: len(grids)]
+    finer = [*grids[1:], coding_size][: len(grids)]
     ratios = [side / grid if grid > 0 else 0 for grid, side in zip(grids, finer, strict=True)]
     if len(grids) not in (1, 2) or any(ratio < 2 or not math.log2(ratio).is_integer() for ratio in ratios):
         shown = ", ".join(map(str, grids))
         raise ValueError(
             f"({shown}) is not allowed: give one or two grids, coarsest first, each 2, 4, 8, … times smaller than the "
-            f"next, and the last than the image size of {image_size}"
+            f"next, and the last than the images of {coding_size} × {coding_size} pixels that are encoded"
         )
 
 
@@ -100,6 +101,9 @@ class VQVAE(keras.Model):
     vector is zero, and the cells of the finest grid with this code are decoded to black. No other cell gets it. No code
     is then spent on details of the brain outside of the brain, and no sample has anything in the background.
 
+    With a `coding_size` below `image_size`, images are shrunk to it before they are encoded, and the decoded images are
+    enlarged. What a few codes cannot say is not computed then. A `SharpDecoder` can still draw at the full size.
+
     An encoder halves its input with 4 × 4 convolutions of stride 2, which have twice `channels` channels. Those on the
     image begin with `channels` channels; if there are more than three, with half as many for each further one, and the
     number doubles from one to the next. At the resolution of the level's grid they are followed by `residual_blocks`
@@ -112,7 +116,8 @@ class VQVAE(keras.Model):
     Args:
         image_size: Height and width of an image in pixels.
         grids: Height and width of the code grid of each level, one or two, coarsest first. Each is smaller than the
-            next by a power of two, and the last than the image.
+            next by a power of two, and the last than the coding size.
+        coding_size: Height and width of the images that are encoded and decoded. None: `image_size`.
         channels: Half of the number of channels at the resolution of a grid; see above.
         residual_blocks: Number of residual blocks at the resolution of a grid, in encoder and decoder each.
         num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, dead_code_threshold, seed: See
@@ -138,6 +143,7 @@ class VQVAE(keras.Model):
         self,
         image_size: int = 96,
         grids: Sequence[int] = (12,),
+        coding_size: int | None = None,
         channels: int = 64,
         residual_blocks: int = 2,
         num_embeddings: int = 512,
@@ -160,6 +166,7 @@ class VQVAE(keras.Model):
         self.settings = {
             "image_size": image_size,
             "grids": list(grids),
+            "coding_size": coding_size,
             "channels": channels,
             "residual_blocks": residual_blocks,
             "num_embeddings": num_embeddings,
@@ -176,8 +183,8 @@ class VQVAE(keras.Model):
             "background_threshold": background_threshold,
             "seed": seed,
         }
-        check_grids(image_size, grids)
-        self.image_size, self.grids = image_size, tuple(grids)
+        self.image_size, self.grids, self.coding_size = image_size, tuple(grids), coding_size or image_size
+        check_grids(self.coding_size, grids)
         self.level_names = level_names(len(grids))
         self.mse_weight, self.l1_weight, self.ssim_weight = mse_weight, l1_weight, ssim_weight
         self.data_variance, self.bottom_dropout = data_variance, bottom_dropout
@@ -192,7 +199,7 @@ class VQVAE(keras.Model):
         self.decoders: list[keras.Sequential] = []
         for level in range(len(grids)):
             prefix = level_prefixes(len(grids))[level]
-            widths, blocks = _widths_and_blocks(image_size, grids, channels, residual_blocks, level)
+            widths, blocks = _widths_and_blocks(self.coding_size, grids, channels, residual_blocks, level)
             self.encoders.append(_encoder(widths, blocks, f"{prefix}encoder"))
             self.projections.append(keras.layers.Conv2D(embedding_dim, 1, name=f"{prefix}projection"))
             self.quantizers.append(
@@ -209,7 +216,7 @@ class VQVAE(keras.Model):
                     name=f"{prefix}quantizer",
                 )
             )
-            self.decoders.append(make_decoder(image_size, grids, channels, residual_blocks, level))
+            self.decoders.append(make_decoder(self.coding_size, grids, channels, residual_blocks, level))
         self.reconstruction_loss = keras.metrics.Mean(name="reconstruction")
         self.ssim_metric = keras.metrics.Mean(name="ssim")
         self(keras.Input((image_size, image_size, 1)))  # creates the weights
@@ -224,25 +231,42 @@ class VQVAE(keras.Model):
         Returns:
             (B, H, W, 1) float32, clipped to [0, 1] except in training.
         """
-        decoded = None
+        images, decoded = self._shrink(images), None
         for level, features in enumerate(self.features(images)):
             vectors = self.projections[level](concatenate(features, decoded))
             quantized, _ = self.quantizers[level](vectors, self.background(images, level), training=training)
             if training and level:
                 quantized = self._drop_bottom(quantized)
             decoded = self.decoders[level](concatenate(quantized, decoded))
-        reconstructions = self._blacken(ops.cast(decoded, "float32"), self.background(images, len(self.grids) - 1))
+        reconstructions = self._enlarge(decoded, self.background(images, len(self.grids) - 1))
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
 
+    def _shrink(self, images: Tensor) -> Tensor:
+        """Resize images (B, H, W, 1) to the coding size."""
+        return images if images.shape[1] == self.coding_size else ops.clip(resize(images, self.coding_size), 0, 1)
+
     def background(self, images: Tensor, level: int) -> Tensor:
-        """Return which cells of a level's grid show nothing but background: images (B, H, W, 1) -> (B, h, w) bool."""
-        grid, side = self.grids[level], self.image_size // self.grids[level]
+        """Return which cells of a level's grid show nothing but background.
+
+        Args:
+            images: (B, S, S, 1) with S the coding size.
+            level: Index of the level.
+
+        Returns:
+            (B, h, w) bool.
+        """
+        grid, side = self.grids[level], self.coding_size // self.grids[level]
         brightest = ops.max(ops.reshape(images, (-1, grid, side, grid, side)), axis=(2, 4))
         return brightest <= (self.background_threshold or 0)
 
-    def _blacken(self, decoded: Tensor, background: Tensor) -> Tensor:
-        """Set the pixels (B, H, W, 1) of cells of the finest grid that are background, (B, h, w) bool, to zero."""
-        return decoded if self.background_threshold is None else blacken(decoded, background)
+    def _enlarge(self, decoded: Tensor, background: Tensor) -> Tensor:
+        """Resize decoded images (B, S, S, 1) to (B, H, W, 1) float32.
+
+        Pixels in cells of the finest grid that are `background`, (B, h, w) bool, are set to zero if a code is reserved
+        for them.
+        """
+        images = resize(decoded, self.image_size)
+        return images if self.background_threshold is None else blacken(images, background)
 
     def _drop_bottom(self, quantized: Tensor) -> Tensor:
         """Replace the vectors (B, h, w, D) of random images by the mean of all vectors of the batch."""
@@ -265,7 +289,10 @@ class VQVAE(keras.Model):
         return self.decoders[-1]
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return the output of every encoder for images (B, H, W, 1): (B, h, w, C) for each level, coarsest first."""
+        """Return the output of every encoder, (B, h, w, C) for each level, coarsest first.
+
+        `images` have the coding size S: (B, S, S, 1).
+        """
         outputs: list[Tensor] = []
         for encoder in reversed(self.encoders):
             outputs.append(encoder(outputs[-1] if outputs else images))
@@ -280,7 +307,7 @@ class VQVAE(keras.Model):
         Returns:
             (B, h, w) int32 for each level, coarsest first.
         """
-        decoded, codes = None, []
+        images, decoded, codes = self._shrink(images), None, []
         for level, features in enumerate(self.features(images)):
             vectors = self.projections[level](concatenate(features, decoded))
             codes.append(self.quantizers[level].nearest(vectors, self.background(images, level)))
@@ -300,7 +327,7 @@ class VQVAE(keras.Model):
         decoded = None
         for decoder, vectors in zip(self.decoders, quantized, strict=True):
             decoded = decoder(concatenate(vectors, decoded))
-        return ops.clip(self._blacken(ops.cast(decoded, "float32"), ops.all(quantized[-1] == 0, axis=-1)), 0, 1)
+        return ops.clip(self._enlarge(decoded, ops.all(quantized[-1] == 0, axis=-1)), 0, 1)
 
     def decode_code(self, codes: Sequence[Tensor]) -> Tensor:
         """Decode code indices.
@@ -358,22 +385,22 @@ def blacken(images: Tensor, background: Tensor) -> Tensor:
 
 
 def make_decoder(
-    image_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
+    coding_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
 ) -> keras.Sequential:
     """Return the untrained decoder of a level; see `VQVAE`. Level 0 is the coarsest, and the last decodes images."""
-    widths, blocks = _widths_and_blocks(image_size, grids, channels, residual_blocks, level)
+    widths, blocks = _widths_and_blocks(coding_size, grids, channels, residual_blocks, level)
     output_channels = 1 if level == len(grids) - 1 else 2 * channels
     return _decoder(widths, blocks, output_channels, f"{level_prefixes(len(grids))[level]}decoder")
 
 
 def _widths_and_blocks(
-    image_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
+    coding_size: int, grids: Sequence[int], channels: int, residual_blocks: int, level: int
 ) -> tuple[list[int], list[int]]:
     """Return the number of channels and of residual blocks after each halving of a level's encoder."""
-    finer = [*grids[1:], image_size][level]
+    finer = [*grids[1:], coding_size][level]
     halvings = int(math.log2(finer // grids[level]))
     widths = [2 * channels] * halvings
-    if finer == image_size:
+    if finer == coding_size:
         narrow = max(1, halvings - 2)  # convolutions at high resolution, which cost most and need few channels
         widths[:narrow] = [max(1, channels >> i) for i in reversed(range(narrow))]
     return widths, [0] * (halvings - 2) + [-(-residual_blocks // 2), residual_blocks][-halvings:]

@@ -6,6 +6,7 @@ Like stages.py, it is handed the class `Config` or an instance of it, and never 
 import argparse
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,8 +66,8 @@ _EARLIER_WORK = {
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
-        "192 x 192, the pixels of OASIS slices as they are, one level of 12 x 12 codes",
-        {"image_size": 192, "vqvae_epochs": 20, "decoder_epochs": 6},
+        "192 x 192, the pixels of OASIS slices as they are, drawn from the codes of oasis96",
+        {"image_size": 192, "coding_size": 96, "decoder_epochs": 6},
     ),
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",
@@ -188,6 +189,7 @@ def coerce(config: Any) -> None:
         ("data_dir", str, Path),
         ("run_dir", str, Path),
         ("start_from", str, Path),
+        ("keep", list, tuple),
         ("grids", list, tuple),
         ("sample_positions", list, tuple),
     ):
@@ -205,7 +207,9 @@ def run_folder(config: Any) -> Path:
 
 def training_settings(config: Any) -> dict[str, Any]:
     """Keyword arguments of `training.train` that all stages share."""
-    names = {"num_devices": "devices"} | {name: name for name in ("seed", "precision", "start_from", "previews")}
+    names = {"num_devices": "devices"} | {
+        name: name for name in ("seed", "precision", "start_from", "keep", "previews")
+    }
     return {argument: getattr(config, name) for argument, name in names.items()}
 
 
@@ -255,6 +259,7 @@ def check(config: Any) -> None:
         "num_embeddings",
         "embedding_dim",
         "batch_size",
+        "decoder_batch_size",
         "vqvae_epochs",
     )
     positive += ("prior_blocks", "prior_epochs")
@@ -289,9 +294,23 @@ def check(config: Any) -> None:
         )
     if config.sample_positions and not config.prior_uses_position:
         raise ConfigError("sample_positions is set: also set prior_uses_position, or the prior ignores it")
+    _check_kept(config)
     _check_processes(config, require)
     _check_grids(config)
     _check_attention(config)
+
+
+def _check_kept(config: Any) -> None:
+    """Refuse networks in `keep` that do not exist, or were made from other networks than those of the run."""
+    num_levels = len(config.grids)
+    allowed = ("vqvae", *model.prior_names(num_levels), *model.critic_names(num_levels))
+    for name in config.keep:
+        if name not in allowed:
+            raise ConfigError(f"keep has {name}: choose from {', '.join(allowed)}")
+    if config.keep and not config.start_from:
+        raise ConfigError(f"keep is {' '.join(config.keep)}: also set start_from, the folder of these networks")
+    if config.keep and "vqvae" not in config.keep:
+        raise ConfigError(f"keep is {' '.join(config.keep)}: also keep vqvae, because priors belong to its codes")
 
 
 def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool], str], None]) -> None:
@@ -321,8 +340,14 @@ def _check_attention(config: Any) -> None:
 
 
 def _check_grids(config: Any) -> None:
+    size = config.coding_size or config.image_size
+    ratio = config.image_size / size if size > 0 else 0
+    if ratio < 1 or not math.log2(ratio).is_integer():
+        raise ConfigError(
+            f"coding_size is {size}: must be image_size, {config.image_size}, or smaller by a factor of 2, 4, 8, …"
+        )
     try:
-        model.check_grids(config.image_size, config.grids)
+        model.check_grids(size, config.grids)
     except ValueError as error:
         raise ConfigError(f"grids: {error}") from error
     for grid in config.grids:
@@ -353,7 +378,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 def _describe_generic(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
-        return "whole numbers in brackets, as in (32, 64)"
+        return "whole numbers in brackets, as in (32, 64)" if int in typing.get_args(kind) else "texts in brackets"
     return "a whole number or None" if int in typing.get_args(kind) else "a path or None"
 
 
@@ -369,10 +394,11 @@ def check_devices(config: Any) -> None:
     available, total = len(devices.device_names()), devices.total_devices(config.devices)
     if config.devices > available:
         raise ConfigError(f"devices is {config.devices}: this process has {available}; choose at most that many")
-    if config.batch_size % total:
-        raise ConfigError(
-            f"batch_size is {config.batch_size}: must be a multiple of the {total} devices that share each batch"
-        )
+    for name in ("batch_size", "decoder_batch_size"):
+        if getattr(config, name) % total:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}: must be a multiple of the {total} devices that share each batch"
+            )
 
 
 def check_slices(config: Any, slices: dict[str, dataset.Slices]) -> None:

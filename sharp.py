@@ -14,6 +14,7 @@ References:
     Lin et al. 2025, "Diffusion Adversarial Post-Training for One-Step Video Generation" (R1 by finite differences)
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,13 +24,14 @@ from keras import ops
 
 import model
 import seeds
-from layers import PACKAGE, ResidualBlock, Tensor, gaussian_matrix, position_features, replica_index_and_count
+from layers import PACKAGE, ResidualBlock, Tensor, gaussian_matrix, position_features, replica_index_and_count, resize
 
 NEGATIVE_SLOPE = 0.2  # Of the discriminator's leaky ReLUs.
 NUM_GROUPS = 8  # Of the group normalisations of the discriminator.
 PATCHES = 12  # Patches per side of an image that the discriminator judges, in images of 96 × 96 pixels or more.
 BLUR_SIGMA = 1 / 96  # Of the Gaussian below which images must agree with their targets, relative to their side.
 VISIBLE = 2 / 3  # Side of the square that the discriminator sees of an image in training, relative to the image.
+MAX_CHANNELS = 128  # Of the sharp decoder's detail at coarse resolutions.
 NOISE_SCALE = 0.02  # Standard deviation of the noise that should hardly change the logits of real slices.
 MAX_LOGIT_GAP = 0.5  # Between training and validation slices, beyond which the discriminator has memorised subjects.
 METRICS = ["discriminator", "smoothness", "agreement", "pixel", "feature", "adversarial", "real_logit", "fake_logit"]
@@ -41,15 +43,16 @@ class SharpDecoder(keras.Model):
     """Decodes code indices and noise to images.
 
     It is a copy of the VQ-VAE's decoders, which stays as it is, and a network that adds detail to the image that they
-    decode. This network reads what their last upsampling reads, at half of the image's resolution, and noise: residual
-    blocks at this resolution are followed by convolutions at full resolution. Before each block and convolution, noise
-    is added to every channel with a weight of its own (Karras et al. 2019). The last convolution begins at zero, so an
-    untrained sharp decoder equals the VQ-VAE's.
+    decode. This network reads the features of the image's decoder at every resolution, from the code grid upwards, and
+    noise. At each of these resolutions there is a residual block; two convolutions follow at the resolution of the
+    image. Before each of them, noise is added to every channel with a weight of its own (Karras et al. 2019). The last
+    convolution begins at zero, so an untrained sharp decoder equals the VQ-VAE's.
 
     Args:
-        image_size, grids, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
+        image_size, grids, coding_size, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
         background_code: Whether cells of the finest grid with code 0 are decoded to black.
-        detail_channels: Number of channels of the residual blocks; the convolutions at full resolution have half.
+        detail_channels: Number of channels at the resolution of the image; each coarser resolution has twice as many,
+            up to `MAX_CHANNELS`.
 
     Example: For images of 96 × 96 pixels and grids (12,):
 
@@ -60,12 +63,13 @@ class SharpDecoder(keras.Model):
         self,
         image_size: int,
         grids: Sequence[int],
+        coding_size: int | None,
         channels: int,
         residual_blocks: int,
         num_embeddings: int,
         embedding_dim: int,
         background_code: bool,
-        detail_channels: int = 32,
+        detail_channels: int = 16,
         name: str = "decoder",
         **kwargs: Any,
     ) -> None:
@@ -73,6 +77,7 @@ class SharpDecoder(keras.Model):
         self.settings = {
             "image_size": image_size,
             "grids": list(grids),
+            "coding_size": coding_size,
             "channels": channels,
             "residual_blocks": residual_blocks,
             "num_embeddings": num_embeddings,
@@ -81,26 +86,28 @@ class SharpDecoder(keras.Model):
             "detail_channels": detail_channels,
         }
         self.image_size, self.grids, self.background_code = image_size, tuple(grids), background_code
+        coding_size = coding_size or image_size
         self.codebooks, self.decoders = [], []
         for level, prefix in enumerate(model.level_prefixes(len(grids))):
             options = {"trainable": False, "name": f"{prefix}codebook"}
             self.codebooks.append(keras.layers.Embedding(num_embeddings, embedding_dim, **options))
-            self.decoders.append(model.make_decoder(image_size, grids, channels, residual_blocks, level))
+            self.decoders.append(model.make_decoder(coding_size, grids, channels, residual_blocks, level))
             self.decoders[-1].trainable = False
             self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
-        width, convolution = detail_channels, {"kernel_size": 3, "padding": "same"}
+        halvings = int(math.log2(image_size // grids[-1]))  # from the image to the finest grid
+        widths = [min(detail_channels << i, MAX_CHANNELS) for i in range(halvings, -1, -1)]  # the coarsest first
+        halvings_read = int(math.log2(coding_size // grids[-1]))
         self.detail = [
-            keras.layers.Conv2D(width, **convolution, name="detail_first"),
+            DetailBlock(width, above, i < halvings_read, name=f"detail_{i}")
+            for i, (width, above) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        ]
+        convolution = {"kernel_size": 3, "padding": "same"}
+        self.finish = [
             NoiseWeight(name="noise_0"),
-            ResidualBlock(width, name="detail_block_0"),
+            keras.layers.Conv2D(detail_channels, **convolution, activation="relu", name="detail_convolution_0"),
             NoiseWeight(name="noise_1"),
-            ResidualBlock(width, name="detail_block_1"),
-            keras.layers.ReLU(name="detail_relu"),
-            keras.layers.UpSampling2D(interpolation="bilinear", name="detail_up"),
-            keras.layers.Conv2D(width // 2, **convolution, activation="relu", name="detail_0"),
-            NoiseWeight(name="noise_2"),
-            keras.layers.Conv2D(width // 2, **convolution, activation="relu", name="detail_1"),
-            keras.layers.Conv2D(1, **convolution, kernel_initializer="zeros", name="detail_2"),
+            keras.layers.Conv2D(detail_channels, **convolution, activation="relu", name="detail_convolution_1"),
+            keras.layers.Conv2D(1, **convolution, kernel_initializer="zeros", name="detail_convolution_2"),
         ]
         inputs = {f"codes_{level}": keras.Input((grid, grid), dtype="int32") for level, grid in enumerate(grids)}
         self({**inputs, "noise": keras.Input((image_size, image_size, 1))})  # creates the weights
@@ -108,7 +115,7 @@ class SharpDecoder(keras.Model):
     @classmethod
     def untrained(cls, vqvae: model.VQVAE) -> "SharpDecoder":
         """Return a sharp decoder that decodes as a VQ-VAE does. Uses the global random seed."""
-        names = ("image_size", "grids", "channels", "residual_blocks", "num_embeddings", "embedding_dim")
+        names = ("image_size", "grids", "coding_size", "channels", "residual_blocks", "num_embeddings", "embedding_dim")
         settings: dict[str, Any] = {name: vqvae.settings[name] for name in names}
         decoder = cls(**settings, background_code=vqvae.background_threshold is not None)
         for own, quantizer in zip(decoder.codebooks, vqvae.quantizers, strict=True):
@@ -143,16 +150,52 @@ class SharpDecoder(keras.Model):
         return images if training else ops.clip(images, 0, 1)
 
     def _draw(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Decode features (B, h, w, C) to an image, and add detail: (B, H, W, 1)."""
-        for layer in self.decoders[-1].layers[:-1]:
+        """Decode features (B, h, w, C) to an image, and add detail: (B, H, W, 1) float32."""
+        read = []  # what each upsampling of the image's decoder reads
+        for layer in self.decoders[-1].layers:
+            if isinstance(layer, keras.layers.Conv2DTranspose):
+                read.append(features)
             features = layer(features)
-        detail = features
-        for layer in self.detail:
+        detail = None
+        for block, found in itertools.zip_longest(self.detail, read):
+            detail = block(found, detail, noise)
+        for layer in self.finish:
             detail = layer(detail, noise) if isinstance(layer, NoiseWeight) else layer(detail)
-        return ops.cast(self.decoders[-1].layers[-1](features), "float32") + ops.cast(detail, "float32")
+        return resize(features, self.image_size) + ops.cast(detail, "float32")
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class DetailBlock(keras.layers.Layer):
+    """A step of the sharp decoder's detail: a residual block with noise, and upsampling to twice the resolution.
+
+    Args:
+        filters: Number of channels.
+        above: Number of channels of the output.
+        reads: Whether it reads features of the VQ-VAE's decoder.
+    """
+
+    def __init__(self, filters: int, above: int, reads: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.read = keras.layers.Conv2D(filters, 1, name="read") if reads else None
+        self.noise = NoiseWeight(name="noise")
+        self.block = ResidualBlock(filters, name="block")
+        self.out = keras.layers.Conv2D(above, 3, padding="same", name="out")
+        self.up = keras.layers.UpSampling2D(interpolation="bilinear", name="up")
+
+    def call(self, features: Tensor | None, detail: Tensor | None, noise: Tensor) -> Tensor:
+        """Return detail of twice the resolution, (B, 2 · h, 2 · w, above).
+
+        Args:
+            features: Those of the VQ-VAE's decoder at this resolution, (B, h, w, C). None if they are not read.
+            detail: Output of the step before, (B, h, w, filters). None in the first one.
+            noise: (B, H, W, 1) at the resolution of the image.
+        """
+        if self.read is not None:
+            detail = self.read(features) if detail is None else detail + self.read(features)
+        return self.up(ops.relu(self.out(self.block(self.noise(detail, noise)))))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -48,6 +48,7 @@ def make_vqvae(config: Any, data_variance: float) -> model.VQVAE:
     return model.VQVAE(
         image_size=config.image_size,
         grids=config.grids,
+        coding_size=config.coding_size,
         channels=config.channels,
         residual_blocks=config.residual_blocks,
         num_embeddings=config.num_embeddings,
@@ -182,7 +183,7 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
     the same slice positions are decoded. They are drawn once, when they are first needed.
     """
     shard, train = devices.process_index_and_count(), slices["train"]
-    steps = dataset.steps_per_epoch(len(train), config.batch_size)
+    steps = dataset.steps_per_epoch(len(train), config.decoder_batch_size)
 
     @functools.cache
     def drawn() -> tuple[list[np.ndarray], np.ndarray]:
@@ -206,7 +207,7 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
         chosen = [choose(own, other) for own, other in zip(sampled, codes["train"], strict=True)]
         named = inputs(chosen, choose(decoded, train.images), is_drawn, train)
         order = seeds.number(config.seed, "decoder")
-        return dataset.input_batches(named, "positions", config.batch_size, order, epoch, shard)
+        return dataset.input_batches(named, "positions", config.decoder_batch_size, order, epoch, shard)
 
     validate = slices["validate"]
     unseen = inputs(codes["validate"], validate.images, np.zeros(len(validate)), validate)

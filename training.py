@@ -77,6 +77,7 @@ def train(
     precision: str = "float32",
     num_devices: int = 1,
     start_from: Path | None = None,
+    keep: Sequence[str] = (),
     previews: int = 0,
 ) -> keras.Model:
     """Train a stage's network, or continue to, and save the best one on validation; load it if that is done already.
@@ -88,6 +89,7 @@ def train(
         precision: Keras dtype policy of training. The network that is returned and saved uses float32.
         num_devices: Number of devices of this process that share each batch.
         start_from: Folder of the network whose weights training begins with, if `Run.start` was given its checksum.
+        keep: Names of the networks that are taken from there as they are, without training.
         previews: Number of sheets that `Stage.preview` draws, evenly over the epochs.
 
     Returns:
@@ -105,6 +107,9 @@ def train(
             load_weights(kept, run.folder / file)
         kept.set_weights(devices.broadcast_from_main(kept.get_weights()))
         return kept
+    if stage.name in keep:
+        _set_initial_weights(network, network, run, file, start_from)
+        return _save(kept, stage, run, made_from)
     with devices.distribution_scope(num_devices):
         with dtype_policy(precision):
             trained = stage.make()
@@ -125,10 +130,16 @@ def train(
             fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint, previews))
     network.set_weights(checkpoint.best_weights)
     print(f"best epoch: {checkpoint.counters['best_epoch']}")
+    return _save(kept, stage, run, made_from)
+
+
+def _save(network: keras.Model, stage: Stage, run: Run | None, made_from: Sequence[str]) -> keras.Model:
+    """Save and record what a stage has trained, if this process writes files. Returns it."""
     if run:
-        save_model(kept, run.folder / file)
+        file = f"{stage.name}.keras"
+        save_model(network, run.folder / file)
         run.record([file], made_from, history=run.history_checksum(stage.name))
-    return kept
+    return network
 
 
 def fit(network: keras.Model, stage: Stage, epochs_done: int, callbacks: Sequence[keras.callbacks.Callback]) -> None:
@@ -185,7 +196,7 @@ def _set_initial_weights(
             weights = network.get_weights()
     weights = devices.broadcast_from_main(weights)
     if weights is not None:
-        print(f"beginning with the weights of {start_from}")
+        print(f"{Path(file).stem}: beginning with the weights of {start_from}")
         trained.set_weights(weights)
 
 
@@ -310,7 +321,7 @@ def load_model(path: Path, network_class: type[keras.Model]) -> keras.Model:
 
 
 def initial_networks(
-    start_from: Path | None, makers: Mapping[str, Callable[[], keras.Model]], run: Run
+    start_from: Path | None, makers: Mapping[str, Callable[[], keras.Model]], run: Run, keep: Sequence[str] = ()
 ) -> dict[str, str]:
     """Find the networks that training begins with.
 
@@ -318,6 +329,7 @@ def initial_networks(
         start_from: Folder of a finished run, or of its networks. None if training begins from scratch.
         makers: Functions that make the untrained networks of this run, by name.
         run: The run that is about to start. If it exists already, the folder is no longer needed.
+        keep: Names of the networks that the folder must contain, because they are not trained.
 
     Returns:
         Checksums of those networks that the folder contains, by file name. The others begin untrained.
@@ -329,8 +341,11 @@ def initial_networks(
         return {}
     found = {name: path for name in makers if (path := start_from / f"{name}.keras").is_file()}
     if run.is_new:
-        if "vqvae" not in found:
-            raise RunError(f"start_from is {start_from}: contains no vqvae.keras; give the folder of a finished run")
+        for name in ("vqvae", *keep):
+            if name not in found:
+                raise RunError(
+                    f"start_from is {start_from}: contains no {name}.keras; give the folder of a finished run"
+                )
         for name, path in found.items():
             _check_architecture(makers[name](), path)
         for name in sorted(makers.keys() - found.keys()):

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -28,11 +29,12 @@ def with_random_weights(network: keras.Model) -> keras.Model:
     return network
 
 
-def make(grids: tuple[int, ...]) -> Generator:
+def make(grids: tuple[int, ...], **settings: Any) -> Generator:
     """Networks with one level of codes; or with two, a code for background, and attention."""
-    settings = {"background_threshold": 0.05} if len(grids) > 1 else {}
-    vqvae = with_random_weights(model.VQVAE(32, grids, channels=8, num_embeddings=16, embedding_dim=4, **settings))
-    for quantizer in vqvae.quantizers if settings else []:
+    background = {"background_threshold": 0.05} if len(grids) > 1 else {}
+    settings = {"channels": 8, "num_embeddings": 16, "embedding_dim": 4, **background, **settings}
+    vqvae = with_random_weights(model.VQVAE(32, grids, **settings))
+    for quantizer in vqvae.quantizers if background else []:
         quantizer.embeddings.assign(np.concatenate([np.zeros((1, 4)), quantizer.embeddings[1:]]))
     priors = [
         model.PixelCNN(16, (grid, grid), filters=8, num_blocks=3, coarse_grid_size=coarse, attention=len(grids) - 1)

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from PIL import Image
 from skimage.metrics import structural_similarity
 
 import layers
@@ -11,6 +12,16 @@ RNG = np.random.default_rng(0)
 
 def random_images(count: int, size: int = 32) -> np.ndarray:
     return RNG.random((count, size, size, 1), np.float32)
+
+
+# ------------------------------------------------------------------------------------------------- resizing
+
+
+@pytest.mark.parametrize("new_size", [16, 32, 48, 64])
+def test_resizing_equals_that_of_pillow(new_size):
+    image = random_images(1)
+    expected = Image.fromarray(image[0, ..., 0]).resize((new_size, new_size), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(ops.convert_to_numpy(layers.resize(image, new_size))[0, ..., 0], expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- SSIM

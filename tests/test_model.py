@@ -7,6 +7,7 @@ from skimage.metrics import structural_similarity
 import augmentation
 import masked
 import model
+from layers import resize
 
 RNG = np.random.default_rng(0)
 
@@ -275,6 +276,22 @@ def test_background_is_the_same_in_mixed_precision(policy):
         keras.config.set_dtype_policy("float32")
     black = np.all(y.reshape(8, 4, 8, 4) == 0, axis=(1, 3))
     np.testing.assert_array_equal(black.ravel(), np.arange(64) <= 12)
+
+
+def test_images_are_encoded_at_the_coding_size():
+    small = with_random_weights(small_vqvae(background_threshold=BACKGROUND))
+    large = small_vqvae(image_size=64, coding_size=32, background_threshold=BACKGROUND)
+    large.set_weights(small.get_weights())
+    images = random_images(3, 64)
+    images[:, :, :32] = 0
+    shrunk = np.clip(ops.convert_to_numpy(resize(images, 32)), 0, 1)
+    codes = large.encode(images)
+    np.testing.assert_array_equal(codes[0], small.encode(shrunk)[0])
+    decoded = ops.convert_to_numpy(large.decode_code(codes))
+    assert decoded.shape == images.shape
+    np.testing.assert_allclose(decoded, large(images), atol=1e-5)
+    assert not decoded[:, :, :16].any()
+    assert decoded[:, :, 32:].any()
 
 
 def test_without_a_threshold_code_0_and_black_are_like_all_others():

@@ -169,6 +169,14 @@ LARGE = {"image_size": 256, "prior_blocks": 6, "batch_size": 16}
         ({"prior_attention": 3}, "prior_attention is 3: must be 0 to prior_blocks, 2"),
         ({"prior_attention": -1}, "prior_attention is -1: must be 0 to prior_blocks, 2"),
         ({"background_code": 1}, "background_code is 1: must be True or False"),
+        ({"coding_size": 64}, "coding_size is 64: must be image_size, 32, or smaller by a factor of 2, 4, 8"),
+        ({"coding_size": 24}, "coding_size is 24: must be image_size, 32, or smaller by a factor of 2, 4, 8"),
+        ({"coding_size": 0}, "coding_size is 0: must be image_size, 32, or smaller by a factor of 2, 4, 8"),
+        ({"coding_size": 4}, "the images of 4 × 4 pixels that are encoded"),
+        ({"decoder_batch_size": 0}, "decoder_batch_size is 0: must be at least 1"),
+        ({"keep": ("vqvae",)}, "keep is vqvae: also set start_from"),
+        ({"keep": ("prior",), "start_from": "run"}, "keep is prior: also keep vqvae"),
+        ({"keep": ("vqvae", "decoder"), "start_from": "run"}, "keep has decoder: choose from vqvae, prior, critic"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused_before_anything_is_written(tmp_path, constants, message):
@@ -181,7 +189,15 @@ def test_configurations_that_cannot_work_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     "constants",
-    [{"crop": None}, {"crop": 0}, {"crop": 16, "data_dir": "slices"}, {"prior_attention": 0}, {"prior_attention": 2}],
+    [
+        {"coding_size": 32},
+        {"coding_size": 16},
+        {"crop": None},
+        {"crop": 0},
+        {"crop": 16, "data_dir": "slices"},
+        {"prior_attention": 0},
+        {"prior_attention": 2},
+    ],
 )
 def test_limits_are_allowed(constants):
     options.check(tiny(**constants))

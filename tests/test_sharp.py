@@ -13,9 +13,13 @@ from tests import test_generator
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module", params=[(4,), (4, 8)], ids=["one level", "two levels and a code for background"])
+@pytest.fixture(
+    scope="module",
+    params=[{"grids": (4,)}, {"grids": (4, 8)}, {"grids": (4,), "coding_size": 16}],
+    ids=["one level", "two levels and a code for background", "coded at half the size"],
+)
 def vqvae(request) -> model.VQVAE:
-    return test_generator.make(request.param).vqvae
+    return test_generator.make(**request.param).vqvae
 
 
 def some_codes(vqvae: model.VQVAE, count: int = 3) -> list[np.ndarray]:

@@ -157,6 +157,7 @@ def train(
     data_dir: str | None = None,
     batches: Callable[[int], tf.data.Dataset] = batches,
     previews: int = 0,
+    keep: tuple[str, ...] = (),
     **changes: Any,
 ) -> keras.Model:
     """Train a small network, or continue to; returns it. `changes` are those of the stage."""
@@ -180,7 +181,7 @@ def train(
         initial = {"net.keras": checksum(start_from / "net.keras")}
     with monkeypatch.context() as patched, opened.start("data", initial):
         patched.setattr(training, "_callbacks", lambda *given: [*ours(*given), StopAfter(stop_after)])
-        return training.train(stage, opened, seed=5, start_from=start_from, previews=previews)
+        return training.train(stage, opened, seed=5, start_from=start_from, keep=keep, previews=previews)
 
 
 def history(folder: Path) -> list[dict]:
@@ -365,6 +366,15 @@ def test_training_begins_with_the_weights_of_another_run(tmp_path, monkeypatch, 
     assert validation_loss(train(tmp_path / "scratch", monkeypatch, rate=1e-9)) > 2 * best
 
 
+def test_a_network_that_is_kept_is_not_trained(tmp_path, monkeypatch, uninterrupted):
+    kept = train(tmp_path / "kept", monkeypatch, start_from=uninterrupted, keep=("net",))
+    assert history(tmp_path / "kept") == []
+    again = train(tmp_path / "kept", monkeypatch, start_from=tmp_path / "lost", keep=("net",))
+    for network in (kept, again):
+        best = min(row["val_loss"] for row in history(uninterrupted))
+        assert validation_loss(network) == pytest.approx(best, rel=1e-5)
+
+
 def test_training_from_other_weights_survives_kills_and_the_loss_of_the_folder(tmp_path, monkeypatch, uninterrupted):
     alone, killed, folder = tmp_path / "alone", tmp_path / "killed", tmp_path / "weights"
     train(alone, monkeypatch, start_from=uninterrupted)
@@ -406,6 +416,9 @@ def test_networks_to_start_from_are_checked_before_anything_is_written(tmp_path)
     training.save_model(Layers(), folder / "vqvae.keras")
     found = training.initial_networks(folder, {"vqvae": Layers, "prior": Layers}, opened)
     assert found == {"vqvae.keras": checksum(folder / "vqvae.keras")}
+    kept = ("vqvae", "prior")
+    message = refused(lambda: training.initial_networks(folder, {"vqvae": Layers, "prior": Layers}, opened, kept))
+    assert f"start_from is {folder}: contains no prior.keras" in message
     for settings, shown in (({"units": 5}, "(units is 3 there, 5 here)"), ({"depth": 1, "seed": 1}, "(depth is 2 ")):
         makers = {"vqvae": lambda settings=settings: Layers(**settings)}
         message = refused(lambda makers=makers: training.initial_networks(folder, makers, opened))
