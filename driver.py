@@ -67,10 +67,10 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
-    decoder_epochs: int = 12  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
-    decoder_batch_size: int = 4  # slices per training step of the sharp decoder
-    decoder_learning_rate: float = 2e-4  # peak, as above
-    adversarial_weight: float = 0.006  # of the discriminator's verdict in the loss of the sharp decoder
+    decoder_epochs: int = 16  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
+    decoder_batch_size: int = 8  # slices per training step of the sharp decoder
+    decoder_learning_rate: float = 1e-3  # peak, as above
+    decoder_channels: int = 64  # of the sharp decoder's finest resolution; coarser ones have up to twice as many
 
     num_samples: int = 20  # number of generated slices in samples/
     measured_slices: int = 3000  # maximum number of slices of each split that are compared with samples

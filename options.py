@@ -67,7 +67,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
         "192 x 192, the pixels of OASIS slices as they are, drawn from the codes of oasis96",
-        {"image_size": 192, "coding_size": 96, "decoder_epochs": 6},
+        {"image_size": 192, "coding_size": 96},
     ),
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",
@@ -84,6 +84,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "prior_blocks": 4,
             "prior_epochs": 8,
             "decoder_epochs": 8,
+            "decoder_channels": 32,
         },
     ),
     "student96": (
@@ -266,11 +267,11 @@ def check(config: Any) -> None:
     positive += ("num_samples", "measured_slices", "devices", "num_processes")
     for name in positive:
         require(name, lambda v: v >= 1, "at least 1")
-    for name in ("prior_filters", "bottom_prior_filters"):
+    for name in ("prior_filters", "bottom_prior_filters", "decoder_channels"):
         require(name, lambda v: v >= 2, "at least 2")
     for name in ("vqvae_learning_rate", "prior_learning_rate", "decoder_learning_rate", "temperature"):
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
-    for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight", "adversarial_weight"):
+    for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
     for name in ("seed", "residual_blocks", "decoder_epochs", "top_k", "process_index", "previews"):
         require(name, lambda v: v >= 0, "0 or more")

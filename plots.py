@@ -69,16 +69,11 @@ def prior_loss(path: Path, histories: dict[str, History], num_embeddings: int, n
 
 
 def decoder_loss(path: Path, history: History, note: str = "") -> None:
-    """Draw the losses of the sharp decoder and the verdicts of its discriminator by epoch."""
-    figure = _figure(11, 3.2, "Sharp decoder", note)
-    agreement, discriminator, verdicts = figure.subplots(1, 3)
-    _curves(agreement, history, "agreement")
-    agreement.set(title="difference of blurred images", xlabel="epoch", ylabel="mean squared error")
-    _curves(discriminator, history, "discriminator")
-    discriminator.set(title="loss of the discriminator", xlabel="epoch", ylabel="hinge loss")
-    _curves(verdicts, history, "real_logit", "real, ")
-    _curves(verdicts, history, "fake_logit", "decoded, ")
-    verdicts.set(title="verdicts of the discriminator", xlabel="epoch", ylabel="mean logit")
+    """Draw the loss of the sharp decoder by epoch."""
+    figure = _figure(5.5, 3.6, "Sharp decoder", note)
+    axes = figure.subplots()
+    _curves(axes, history, "loss")
+    axes.set(xlabel="epoch", ylabel="squared error of the velocity")
     _save(figure, path)
 
 

@@ -21,6 +21,7 @@ from training import Stage
 Slices = dict[str, dataset.Slices]  # By split.
 Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
 NUM_PREVIEWED = 8  # Validation slices in a preview.
+NUM_SCALED = 500  # Training slices that determine the scale of the detail.
 
 # --------------------------------------------------------------------------------------------- networks
 
@@ -96,16 +97,11 @@ def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior
     )
 
 
-def make_decoder_tuning(config: Any, vqvae: model.VQVAE, steps: int) -> sharp.DecoderTuning:
-    """What trains the sharp decoder of a VQ-VAE: the untrained decoder and its discriminator."""
+def make_decoder_tuning(config: Any, vqvae: model.VQVAE, detail_scale: float) -> sharp.DecoderTuning:
+    """What trains the sharp decoder of a VQ-VAE: the untrained decoder and its loss."""
     keras.utils.set_random_seed(seeds.number(config.seed, "weights of the sharp decoder"))
-    return sharp.DecoderTuning(
-        sharp.SharpDecoder.untrained(vqvae),
-        sharp.Discriminator(config.image_size),
-        config.decoder_epochs * steps,
-        config.adversarial_weight,
-        config.seed,
-    )
+    decoder = sharp.SharpDecoder.untrained(vqvae, detail_channels=config.decoder_channels, detail_scale=detail_scale)
+    return sharp.DecoderTuning(decoder, config.seed)
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -177,56 +173,32 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
 
 
 def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
-    """How the sharp decoder is trained: on codes of training slices, and on as many drawn from the prior.
-
-    In each epoch a random half of the training slices is decoded from their codes. For the other half, codes drawn at
-    the same slice positions are decoded. They are drawn once, when they are first needed.
-    """
+    """How the sharp decoder is trained: on slices and their codes."""
     shard, train = devices.process_index_and_count(), slices["train"]
-    steps = dataset.steps_per_epoch(len(train), config.decoder_batch_size)
+    # Some slices, spread evenly, suffice for the scale.
+    some = np.unique(np.linspace(0, len(train) - 1, NUM_SCALED).astype(int))
+    scale = sharp.detail_scale(train.images[some], generator.decode([level[some] for level in codes["train"]]))
 
-    @functools.cache
-    def drawn() -> tuple[list[np.ndarray], np.ndarray]:
-        sampled = generator.sample_codes(train.positions, config.seed, purpose="training of the decoder")
-        return sampled, (generator.decode(sampled) * 255).round().astype(np.uint8)
-
-    def inputs(
-        codes: list[np.ndarray], targets: np.ndarray, is_drawn: np.ndarray, split: dataset.Slices
-    ) -> dict[str, np.ndarray]:
-        named = {"positions": split.positions, "images": split.images, "targets": targets}
-        levels = {f"codes_{level}": indices for level, indices in enumerate(codes)}
-        return {**named, "drawn": is_drawn.astype(np.float32), **levels}
+    def inputs(split: str) -> dict[str, np.ndarray]:
+        levels = {f"codes_{level}": indices for level, indices in enumerate(codes[split])}
+        return {"positions": slices[split].positions, "images": slices[split].images, **levels}
 
     def batches(epoch: int) -> Any:
-        sampled, decoded = drawn()
-        is_drawn = seeds.generator(config.seed, "slices with drawn codes", epoch).random(len(train)) < 0.5
-
-        def choose(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-            return np.where(is_drawn.reshape(-1, *[1] * (first.ndim - 1)), first, second)
-
-        chosen = [choose(own, other) for own, other in zip(sampled, codes["train"], strict=True)]
-        named = inputs(chosen, choose(decoded, train.images), is_drawn, train)
         order = seeds.number(config.seed, "decoder")
-        return dataset.input_batches(named, "positions", config.decoder_batch_size, order, epoch, shard)
+        return dataset.input_batches(inputs("train"), "positions", config.decoder_batch_size, order, epoch, shard)
 
-    validate = slices["validate"]
-    unseen = inputs(codes["validate"], validate.images, np.zeros(len(validate)), validate)
     return Stage(
         name="decoder",
-        make=lambda: make_decoder_tuning(config, generator.vqvae, steps),
+        make=lambda: make_decoder_tuning(config, generator.vqvae, scale),
         batches=batches,
-        validation=dataset.input_batches(unseen, "positions", config.batch_size, shard=shard),
-        steps=steps,
-        monitor=None,  # The decoder gets sharper to the end, and no term of its loss says so.
-        accept=sharp.has_not_memorised,
+        validation=dataset.input_batches(inputs("validate"), "positions", config.decoder_batch_size, shard=shard),
+        steps=dataset.steps_per_epoch(len(train), config.decoder_batch_size),
+        monitor="val_loss",
         epochs=config.decoder_epochs,
         learning_rate=config.decoder_learning_rate,
-        # The discriminator's gradients are far larger than the decoder's.
-        adam={"beta_1": 0.0, "global_clipnorm": None},
         part=lambda network: network.decoder,
         preview=lambda network: preview_of_decoder(config, slices, codes, generator.replace(decoder=network.decoder)),
-        made_from=("slices", "vqvae.keras", *(f"{name}.keras" for name in model.prior_names(len(config.grids)))),
-        shown=("agreement", "discriminator"),
+        made_from=("slices", "vqvae.keras"),
         learning_rate_option="decoder_learning_rate",
     )
 

@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,9 @@ class Stage:
         batches: Returns the training batches of an epoch, counted from 0, this process's shard of each.
         validation: This process's shard of the validation batches.
         steps: Number of training batches per epoch.
-        monitor: Name of the validation metric that decides which epoch is best; lower is better. None keeps the last.
+        monitor: Name of the validation metric that decides which epoch is best; lower is better.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
-        accept: Whether the weights of an epoch may be kept, given its metrics. Those of the first epoch always are.
-        adam: Arguments of Adam that differ from those of `make_optimizer`.
         part: Returns the part of the network that is saved and used; the rest is needed in training only.
         made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
         preview: Draws a small sheet of images, (H, W) in [0, 1], with a network that is not trained to the end yet.
@@ -58,11 +56,9 @@ class Stage:
     batches: Callable[[int], tf.data.Dataset]
     validation: tf.data.Dataset
     steps: int
-    monitor: str | None
+    monitor: str
     epochs: int
     learning_rate: float
-    accept: Callable[[Logs], bool] = lambda logs: True
-    adam: Mapping[str, Any] = field(default_factory=dict)
     part: Callable[[keras.Model], keras.Model] = lambda network: network
     made_from: Sequence[str] = ("slices",)
     preview: Callable[[keras.Model], np.ndarray] | None = None
@@ -113,8 +109,8 @@ def train(
     with devices.distribution_scope(num_devices):
         with dtype_policy(precision):
             trained = stage.make()
-        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps, **stage.adam))
-        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from, stage.accept)
+        trained.compile(make_optimizer(stage.learning_rate, stage.epochs, stage.steps))
+        checkpoint = ResumableCheckpoint(run, stage.name, stage.monitor, made_from)
         epochs_done = checkpoint.restore(trained)
         if run and epochs_done < stage.epochs:
             _refuse_unrecorded(run, file)
@@ -245,20 +241,21 @@ def dtype_policy(name: str) -> Iterator[None]:
         keras.config.set_dtype_policy("float32")
 
 
-def make_optimizer(learning_rate: float, epochs: int, steps: int, **adam: Any) -> keras.optimizers.Optimizer:
+def make_optimizer(learning_rate: float, epochs: int, steps: int) -> keras.optimizers.Optimizer:
     """Adam whose learning rate rises over the first steps and then falls to 0 along a cosine.
+
+    Gradients are clipped to a global norm of 1.
 
     Args:
         learning_rate: Peak of the learning rate.
         epochs: Number of epochs after which it reaches 0.
         steps: Number of steps per epoch.
-        **adam: Arguments of Adam. By default, gradients are clipped to a global norm of 1.
     """
     warmup = min(steps, 20)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(epochs * steps - warmup, 1), warmup_target=learning_rate, warmup_steps=warmup
     )
-    return keras.optimizers.Adam(schedule, **{"global_clipnorm": 1.0, **adam})
+    return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -380,10 +377,9 @@ class ResumableCheckpoint(keras.callbacks.Callback):
     Args:
         run: The run; None in a process that does not write files and gets the state from the main process.
         stage: Name of the stage.
-        monitor: Name of the metric to judge by; lower is better. None prefers every epoch to those before it.
+        monitor: Name of the metric to judge by; lower is better.
         made_from: Names of the results and facts that the network is made from. Checkpoints of a network that was
             made from others are not used.
-        accept: See `Stage`.
 
     Attributes:
         counters: The number of epochs done, `epoch`, the lowest value of the metric, `best`, and the number of epochs
@@ -395,12 +391,11 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         self,
         run: Run | None,
         stage: str,
-        monitor: str | None,
+        monitor: str,
         made_from: Sequence[str] = (),
-        accept: Callable[[Logs], bool] = lambda logs: True,
     ) -> None:
         super().__init__()
-        self.run, self.stage, self.monitor, self.accept = run, stage, monitor, accept
+        self.run, self.stage, self.monitor = run, stage, monitor
         self.inputs = run.checksums(made_from) if run else {}
         self.folder = run.folder / "checkpoint" if run else None
         self.counters: dict[str, Any] = {"epoch": 0, "best": float("inf"), "best_epoch": 0}
@@ -459,9 +454,9 @@ class ResumableCheckpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = logs or {}
-        value = float(logs[self.monitor]) if self.monitor else -float(epoch)
+        value = float(logs[self.monitor])
         self.counters["epoch"] = epoch + 1
-        if value < self.counters["best"] and (self.best_weights is None or self.accept(logs)):
+        if value < self.counters["best"]:
             self.counters |= {"best": value, "best_epoch": epoch + 1}
             self.best_weights = self.model.get_weights()
         if not self.folder:
@@ -486,10 +481,7 @@ class CSVHistory(keras.callbacks.Callback):
     """
 
     # Columns in this order; with two levels, a level's name precedes some of them, as in top_codebook.
-    ORDER = (
-        *("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code"),
-        *("discriminator", "smoothness", "agreement", "pixel", "feature", "adversarial", "real_logit", "fake_logit"),
-    )
+    ORDER = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
 
     def __init__(self, run: Run, stage: str) -> None:
         super().__init__()
@@ -638,9 +630,7 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
         self._check((logs or {})["loss"], f"in epoch {self.epoch + 1}")
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        self._check(
-            (logs or {})[self.checkpoint.monitor or "val_loss"], f"on the validation split after epoch {epoch + 1}"
-        )
+        self._check((logs or {})[self.checkpoint.monitor], f"on the validation split after epoch {epoch + 1}")
 
     def _check(self, loss: float, when: str) -> None:
         if np.isfinite(loss):

@@ -13,13 +13,11 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 16, 16, 1))
 POSITIONS = np.arange(6)
 CURVES = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity")
-DECODER_CURVES = ("agreement", "discriminator", "real_logit", "fake_logit")
 LEVELS = ("top", "bottom")
 HISTORY = [
     {
         "epoch": epoch,
         **{f"{level}{name}": 1 / epoch for level in ("", "top_", "bottom_") for name in CURVES},
-        **{f"{split}{name}": 1 / epoch for split in ("", "val_") for name in DECODER_CURVES},
         **{f"val_{level}{name}": 1.1 / epoch for level in ("", "top_", "bottom_") for name in CURVES},
     }
     for epoch in (1, 2, 3)

@@ -1,4 +1,4 @@
-"""The sharp decoder, its discriminator, and the loss that trains both."""
+"""The sharp decoder and the loss that trains it."""
 
 import keras
 import numpy as np
@@ -31,29 +31,28 @@ def inputs_of(codes: list[np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
     return {"noise": noise, **{f"codes_{level}": indices for level, indices in enumerate(codes)}}
 
 
-def batch_of(vqvae: model.VQVAE, drawn: float = 0.0, count: int = 4) -> dict[str, np.ndarray]:
-    images, targets = RNG.integers(0, 256, (2, count, 32, 32, 1)).astype(np.uint8)
-    named = {"positions": np.arange(count, dtype=np.int32), "images": images, "targets": targets}
+def batch_of(vqvae: model.VQVAE, count: int = 4) -> dict[str, np.ndarray]:
     codes = {f"codes_{level}": indices for level, indices in enumerate(some_codes(vqvae, count))}
-    return {**named, "drawn": np.full(count, drawn, np.float32), **codes}
+    return {"images": RNG.integers(0, 256, (count, 32, 32, 1)).astype(np.uint8), **codes}
 
 
-def make_tuning(vqvae: model.VQVAE, total_steps: int = 10, **weights: float) -> sharp.DecoderTuning:
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
-    tuning = sharp.DecoderTuning(decoder, sharp.Discriminator(32, channels=16), total_steps, **weights)
-    tuning.compile(keras.optimizers.SGD(0.1))
-    return tuning
+def untrained(vqvae: model.VQVAE, **settings: float) -> sharp.SharpDecoder:
+    return sharp.SharpDecoder.untrained(vqvae, detail_channels=8, **settings)
 
 
-def test_an_untrained_sharp_decoder_decodes_as_the_vqvae_does(vqvae):
-    codes = some_codes(vqvae)
-    decoded = sharp.SharpDecoder.untrained(vqvae)(inputs_of(codes))
-    np.testing.assert_allclose(decoded, vqvae.decode_code(codes), atol=1e-6)
+def with_random_velocity(decoder: sharp.SharpDecoder) -> sharp.SharpDecoder:
+    test_generator.with_random_weights(decoder.velocity)
+    return decoder
+
+
+def test_the_faithful_image_is_that_of_the_vqvae(vqvae):
+    codes, decoder = some_codes(vqvae), untrained(vqvae)
+    faithful = decoder.decode_faithfully(decoder.lookup(inputs_of(codes)))
+    np.testing.assert_allclose(faithful, vqvae.decode_code(codes), atol=1e-6)
 
 
 def test_noise_changes_the_detail_and_nothing_else_does(vqvae):
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
-    codes = some_codes(vqvae)
+    decoder, codes = with_random_velocity(untrained(vqvae)), some_codes(vqvae)
     first, again, other = (ops.convert_to_numpy(decoder(inputs_of(codes, seed))) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert np.abs(first - other).mean() > 1e-4
@@ -62,108 +61,120 @@ def test_noise_changes_the_detail_and_nothing_else_does(vqvae):
 
 
 def test_background_stays_black_whatever_the_noise():
-    vqvae = test_generator.make((4, 8)).vqvae
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
-    for codebook, quantizer in zip(decoder.codebooks, vqvae.quantizers, strict=True):
-        codebook.set_weights([ops.convert_to_numpy(quantizer.embeddings)])  # code 0 is the background's zero vector
-    codes = some_codes(vqvae)
+    decoder = with_random_velocity(untrained(test_generator.make((4, 8)).vqvae))
+    codes = [RNG.integers(1, 16, (3, grid, grid)).astype(np.int32) for grid in (4, 8)]
     codes[-1][:, :, :2] = 0
     decoded = ops.convert_to_numpy(decoder(inputs_of(codes)))
-    assert not decoded[:, :, :8].any()
+    assert not decoded[:, :, : 8 - sharp.BRAIN_MARGIN // 2].any()
     assert decoded[:, :, 8:].any()
 
 
-def test_training_changes_the_detail_and_the_discriminator_only(vqvae):
-    tuning = make_tuning(vqvae)
+def test_euler_steps_follow_a_velocity_to_its_end():
+    """With the true velocity of a straight path, the detail is reached exactly, whatever the noise."""
+    vqvae = test_generator.make((4,)).vqvae
+    decoder = untrained(vqvae, detail_scale=0.1)
+    faithful, noise = np.full((2, 32, 32, 1), 0.5, np.float32), RNG.standard_normal((2, 32, 32, 1), np.float32)
+    wanted = RNG.uniform(-1, 1, noise.shape).astype(np.float32)
+
+    def velocity(inputs: dict) -> np.ndarray:
+        time = ops.reshape(inputs["time"], (-1, 1, 1, 1))
+        return (wanted - inputs["detail"]) / (1 - time)
+
+    decoder.velocity = velocity
+    np.testing.assert_allclose(decoder.add_detail(faithful, noise), faithful + 0.1 * wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 1), (64, 1), (96, 2), (192, 4), (256, 4)])
+def test_cells_are_squares_of_pixels(size, side):
+    network = sharp.VelocityNetwork(size, 8)
+    assert network.side == side
+    images = RNG.random((2, size, size, 1), np.float32)
+    cells = sharp.to_cells(images, side)
+    assert cells.shape == (2, size // side, size // side, side**2)
+    np.testing.assert_array_equal(cells[1, 3, 2], images[1, 3 * side : 4 * side, 2 * side : 3 * side].ravel())
+    np.testing.assert_array_equal(sharp.from_cells(cells, side), images)
+
+
+def test_an_untrained_network_predicts_no_velocity_and_knows_the_time_afterwards():
+    network, images = sharp.VelocityNetwork(32, 8), RNG.random((2, 32, 32, 1), np.float32)
+    early, late = ({"detail": images, "faithful": images, "time": np.full(2, time)} for time in (0.1, 0.9))
+    assert not np.any(ops.convert_to_numpy(network(early)))
+    test_generator.with_random_weights(network)
+    assert np.abs(ops.convert_to_numpy(network(early)) - ops.convert_to_numpy(network(late))).max() > 1e-3
+
+
+def test_all_parts_of_an_image_influence_each_other():
+    network = test_generator.with_random_weights(sharp.VelocityNetwork(32, 8))
+    images = RNG.random((1, 32, 32, 1), np.float32)
+    changed = images.copy()
+    changed[0, :8, :8] *= -10
+    first, second = (
+        ops.convert_to_numpy(network({"detail": x, "faithful": images, "time": np.ones(1)})) for x in (images, changed)
+    )
+    assert np.abs(first - second)[0, 24:, 24:].max() > 0
+
+
+def test_training_changes_the_velocity_only(vqvae):
+    tuning = sharp.DecoderTuning(untrained(vqvae))
+    tuning.compile(keras.optimizers.Adam(0.01))
     before = {variable.path: ops.convert_to_numpy(variable) for variable in tuning.variables}
     batch = {name: tf.constant(values) for name, values in batch_of(vqvae).items()}
-    tuning.fit(tf.data.Dataset.from_tensors((batch, batch["positions"])).repeat(5), epochs=1, verbose=0)
+    data = tf.data.Dataset.from_tensors((batch, batch["codes_0"])).repeat(30)
+    history = tuning.fit(data, epochs=3, verbose=0).history["loss"]
     changed = {path for path, old in before.items() if not np.array_equal(old, tuning_variable(tuning, path))}
-    assert changed
-    trained = ("detail", "noise", "discriminator", "seed", "step")
-    assert all(any(part in path for part in trained) for path in changed)
-    assert {path for path in before if "detail" in path or "logit" in path} <= changed
-    saved = tuning.decoder.get_config()
-    assert saved["grids"] == list(vqvae.grids)
+    assert {path for path in before if "velocity" in path} <= changed
+    assert all("velocity" in path or "seed" in path for path in changed)
+    assert history[-1] < history[0]
 
 
 def tuning_variable(tuning: sharp.DecoderTuning, path: str) -> np.ndarray:
     return next(ops.convert_to_numpy(variable) for variable in tuning.variables if variable.path == path)
 
 
-def gradients(tuning: sharp.DecoderTuning, batch: dict[str, np.ndarray]) -> tuple[list, list]:
-    """Gradients of the loss to the weights of the discriminator and of the decoder."""
-    tuning.seed_generator.state.assign([1, 2])
-    networks = tuning.discriminator.trainable_variables, tuning.decoder.trainable_variables
-    with tf.GradientTape() as tape:
-        loss = tuning.compute_loss(batch, None, tuning(batch, training=True), training=True)
-    return tape.gradient(loss, [[variable.value for variable in variables] for variables in networks])
+def test_the_loss_is_that_of_the_velocity_near_the_brain(vqvae):
+    """Without a prediction, the error is noise − detail, whose variance is known."""
+    decoder = untrained(vqvae, detail_scale=0.5)
+    tuning, batch = sharp.DecoderTuning(decoder), batch_of(vqvae, 64)
+    faithful = ops.convert_to_numpy(decoder.decode_faithfully(decoder.lookup(batch)))
+    batch["images"] = (faithful * 255).round().astype(np.uint8)
+    loss = float(tuning.compute_loss(batch, None, tuning(batch)))
+    assert loss == pytest.approx(1, abs=0.02)
+    error, counts = (ops.convert_to_numpy(part) for part in tuning(batch))
+    error = np.where(counts > 0, error, 1e6)
+    assert float(tuning.compute_loss(batch, None, np.stack([error, counts]))) == pytest.approx(1, abs=0.02)
 
 
-def test_neither_network_is_trained_by_the_loss_of_the_other(vqvae):
-    """The discriminator's gradients do not depend on the decoder's loss, nor the other way round."""
-    batch, alone = batch_of(vqvae), {"agreement_weight": 0.0, "pixel_weight": 0.0, "feature_weight": 0.0}
-    both, only = make_tuning(vqvae, adversarial_weight=1.0), make_tuning(vqvae, adversarial_weight=0.0, **alone)
-    for tuning in (both, only):
-        tuning.step.assign(tuning.total_steps)
-        tuning.set_weights(both.get_weights())
-    (first, decoder), (second, nothing) = gradients(both, batch), gradients(only, batch)
-    for one, other in zip(first, second, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    assert all(not np.any(gradient) for gradient in nothing if gradient is not None)
-    assert any(np.any(gradient) for gradient in decoder)
+def test_slices_are_flipped_together_with_their_faithful_images(vqvae):
+    """If a slice equals its faithful image, there is no detail, flipped or not."""
+    decoder = untrained(vqvae, detail_scale=1e-3)
+    tuning, batch = sharp.DecoderTuning(decoder), batch_of(vqvae, 16)
+    faithful = ops.convert_to_numpy(decoder.decode_faithfully(decoder.lookup(batch)))
+    batch["images"] = (faithful * 255).round().astype(np.uint8)  # Rounding is a detail of two scales, at most.
+    assert np.abs(ops.convert_to_numpy(tuning(batch, training=True)[0])).max() < 10
+    assert len({bool(np.array_equal(*pair)) for pair in _flips(tuning, batch)}) == 2
 
 
-def test_the_discriminator_trains_alone_at_first(vqvae):
-    tuning = make_tuning(vqvae, total_steps=100, adversarial_weight=2.0)
-    weights = []
-    for step in (0, 10, 20, 30, 100):
-        tuning.step.assign(step)
-        weights.append(float(tuning._weights()["adversarial"]))
-    assert weights == pytest.approx([0, 0, 1, 2, 2])
+def _flips(tuning: sharp.DecoderTuning, batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of where detail counts in training, and where it would without flips."""
+    batch = {**batch, **{name: values.copy() for name, values in batch.items() if name.startswith("codes")}}
+    if tuning.decoder.background_code:
+        batch["codes_1"][:, :, :2] = 0
+    plain, flipped = (ops.convert_to_numpy(tuning(batch, training=training)[1]) for training in (False, True))
+    if not tuning.decoder.background_code:  # Without background, detail counts everywhere.
+        return [(plain[0], plain[0]), (plain[0], plain[0] + 1)]
+    return list(zip(plain, flipped, strict=True))
 
 
-@pytest.mark.parametrize(("size", "patches"), [(32, 4), (96, 12), (128, 16), (192, 12)])
-def test_the_discriminator_judges_patches_of_similar_extent_at_all_sizes(size, patches):
-    discriminator = sharp.Discriminator(size)
-    *features, logits = discriminator((np.zeros((1, size, size, 1), np.float32), np.zeros(1, np.int32)))
-    assert logits.shape == (1, patches, patches, 1)
-    assert [values.shape[-1] for values in features[-2:]] == [128, 128]
-    assert features[0].shape[-1] == (8 if size == 192 else 16)
-
-
-def test_drawn_codes_have_no_original_to_be_compared_with(vqvae):
-    tuning = make_tuning(vqvae)
-    for drawn in (0.0, 1.0):
-        tuning.reset_metrics()
-        batch = batch_of(vqvae, drawn)
-        tuning.compute_loss(batch, None, tuning(batch))
-        means = {name: float(metric.result()) for name, metric in tuning.means.items()}
-        assert means["agreement"] > 0
-        assert (means["pixel"] > 0) == (means["feature"] > 0) == (drawn == 0)
-
-
-def test_the_discriminator_sees_the_same_square_of_all_images(vqvae):
-    tuning = make_tuning(vqvae)
-    columns = np.broadcast_to(np.arange(32.0)[None, None, :, None], (2, 32, 32, 1))
-    rows = np.swapaxes(columns, 1, 2)
-    corners = set()
-    for _ in range(20):
-        across, down = (ops.convert_to_numpy(part) for part in tuning._augment(columns, rows))
-        assert across.shape == down.shape == (2, 16, 16, 1)
-        assert set(np.diff(across, axis=2).ravel()) in ({1.0}, {-1.0})
-        assert set(np.diff(down, axis=1).ravel()) == {1.0}
-        corners.add((down.min(), across.min(), across[0, 0, 0, 0] > across[0, 0, -1, 0]))
-    assert len(corners) > 15
-
-
-def test_a_discriminator_that_has_memorised_subjects_is_found():
-    assert sharp.has_not_memorised({"real_logit": 0.8, "val_real_logit": 0.7})
-    assert not sharp.has_not_memorised({"real_logit": 0.8, "val_real_logit": -0.2})
+def test_the_scale_is_the_standard_deviation_of_what_is_lacking_near_the_brain():
+    faithful = np.zeros((4, 32, 32, 1), np.float32)
+    faithful[:, 8:24] = 0.5
+    images = np.where(faithful > 0, faithful + 0.1 * np.where(np.indices(faithful.shape)[2] % 2, 1, -1), 1.0)
+    assert sharp.detail_scale((images * 255).round().astype(np.uint8), faithful) == pytest.approx(0.1, abs=2e-3)
+    assert sharp.detail_scale(np.zeros((1, 32, 32, 1), np.uint8), np.zeros((1, 32, 32, 1), np.float32)) == 1e-3
 
 
 def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    decoder = with_random_velocity(untrained(vqvae))
     decoder.save(tmp_path / "decoder.keras")
     inputs = inputs_of(some_codes(vqvae))
     np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "decoder.keras")(inputs), decoder(inputs))

@@ -437,29 +437,6 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path, monkeypatch):
     assert loss == pytest.approx(best["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("accepted", "kept"), [(2, 1), (0, 0)])
-def test_the_last_weights_that_are_accepted_are_kept_if_no_metric_is_monitored(tmp_path, monkeypatch, accepted, kept):
-    def worse(epoch: int) -> tf.data.Dataset:
-        """Batches whose second epoch leads away from the validation data."""
-        return batches(epoch).map(lambda x, y: (x, y if epoch == 0 else -100 * y))
-
-    verdicts = iter([True] * accepted + [False] * 2)
-    trained = train(
-        tmp_path,
-        monkeypatch,
-        monitor=None,
-        epochs=2,
-        batches=worse,
-        accept=lambda metrics: next(verdicts),
-        adam={"beta_1": 0.0},  # Without memory of the first epoch.
-    )
-    rows = history(tmp_path)
-    assert rows[-1]["val_loss"] > rows[0]["val_loss"]
-    x, y = batch(100)
-    loss = float(np.mean((y - keras.ops.convert_to_numpy(trained(x))) ** 2))
-    assert loss == pytest.approx(rows[kept]["val_loss"], rel=1e-5)
-
-
 def test_only_the_part_that_is_used_is_saved_and_loaded(tmp_path, monkeypatch):
     def part(network: keras.Model) -> keras.Model:
         return keras.Sequential([keras.Input((4,)), network.get_layer("dense")])
