@@ -332,8 +332,8 @@ PICTURES = (
     Picture(
         "decoder_loss",
         _draw_decoder_loss,
-        "Loss of the sharp decoder by epoch. If the validation loss rises, the decoder memorises slices. The epoch with "
-        "the lowest validation loss is kept.",
+        "Loss of the sharp decoder by epoch. If the validation loss rises, the decoder memorises slices. The epoch "
+        "with the lowest validation loss is kept.",
         needs_sharp_decoder=True,
     ),
 )
