@@ -62,7 +62,7 @@ def main(options: Options) -> dict[str, Any]:
     if options.measure:
         changes = json.loads(options.measure)
         return measure_comparison(**changes) if "test" in changes else measure_training(changes, options.steps)
-    numbers: dict[str, Any] = {"backend": keras.backend.backend(), **common.report_machine(in_child=True)}
+    numbers: dict[str, Any] = common.report_machine(in_child=True)
     numbers |= {"devices": {}, "growth": {}, "measuring": {}}
     print(f"{'devices':>8s}  {'VQ-VAE images/s':>16s} {'exchange':>9s}  {'prior images/s':>15s} {'exchange':>9s}")
     for count in (1, 2):
