@@ -174,7 +174,7 @@ class Comparison:
     # ------------------------------------------------------------------------------------------- sets
 
     def samples(self) -> ImageSet:
-        """The generated slices, one at the position of each compared slice."""
+        """The generated slices, one at the position of each slice that classifiers read."""
         return {
             split: self._fakes(
                 to_display_uint8(samples.images), samples.codes, samples.positions, self._decode(samples.codes)

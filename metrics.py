@@ -121,9 +121,9 @@ def reconstruction_metrics(
         values: What `metrics_by_slice` returns for them.
 
     Returns:
-        The mean over slices of each of `RECONSTRUCTION_METRICS`; `*_interval`, its 95 %
-        interval over subjects; `by_position`, the means at each slice position; `worst_slices`, the ten slices with
-        the lowest `ssim_brain`, worst first; `half_power_frequency`; and the numbers of `power_ratios`.
+        The mean over slices of each of `RECONSTRUCTION_METRICS`; `*_interval`, its 95 % interval over subjects;
+        `by_position`, the means at each slice position; `worst_slices`, the ten slices with the lowest `ssim_brain`,
+        worst first; `half_power_frequency`; and the numbers of `power_ratios`.
     """
     positions, subjects = slices.positions, slices.subjects
     numbers: dict[str, Any] = {}
