@@ -250,7 +250,7 @@ def test_two_levels_are_compared():
     assert [tuple(tensor.shape) for tensor in made._code_classifier.inputs] == [(None, 4, 4), (None, 8, 8)]
 
 
-def test_classifiers_read_more_training_slices_than_are_compared_one_by_one(results, compared, monkeypatch):
+def test_classifiers_read_more_training_slices_than_are_compared_one_by_one(results, compared):
     few = np.flatnonzero(np.isin(results.slices["train"].subjects, ["case_01", "case_06"]))
     numbers, tests = compare(replace(results, compared={**results.compared, "train": few}))
     assert numbers["compared_slices"]["train"] == len(few) == 6
