@@ -21,6 +21,7 @@ from dataset import Slices
 from generator import Results
 from pngs import BRAIN_THRESHOLD
 
+CLASSIFIER_SLICES = 3000  # Training slices that classifiers read at most, unless more are compared one by one.
 NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
 BLUR_SIGMA = 1.0  # Standard deviation of the Gaussian in pixels.
 NOISE_SIGMA = 0.05  # Standard deviation of the noise, on the [0, 1] scale.
@@ -44,17 +45,20 @@ class Part:
         codes: Code indices, (N, h, w) int32 per level; empty if they are not needed.
         positions: (N,) int32 slice positions.
         subjects: (N,) subjects; every sample counts as a subject of its own.
+        decoded: What the VQ-VAE decodes from the codes, (N, S, S, 1) uint8; empty without codes.
     """
 
     images: np.ndarray
     codes: list[np.ndarray]
     positions: np.ndarray
     subjects: np.ndarray
+    decoded: np.ndarray
 
     def take(self, index: np.ndarray) -> "Part":
         """Return the images of these indices."""
         codes = [indices[index] for indices in self.codes]
-        return Part(self.images[index], codes, self.positions[index], self.subjects[index])
+        decoded = self.decoded[index] if len(self.decoded) else self.decoded
+        return Part(self.images[index], codes, self.positions[index], self.subjects[index], decoded)
 
 
 # The "test" part is compared with the test slices, one by one. Classifiers are trained on the "train" part and chosen
@@ -73,8 +77,10 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
         seed: Seed of the pairs, the classifiers, the controls and the draws of other subjects.
 
     Returns:
-        Four dictionaries:
+        Six dictionaries:
 
+        - compared_slices, classified_slices: for each split, the number of real slices that are compared with samples
+          one by one, and the number of those that classifiers read.
         - samples: the numbers of `Comparison.measure` and `Comparison.measure_copies`; accuracies of classifiers
           against real slices (c2st_real), of codes against codes of real slices (c2st_codes), and of what the VQ-VAE
           decodes from them against reconstructions (c2st_reconstructions); `count`, the number of samples; and
@@ -114,6 +120,8 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
             **comparison.measure(control["test"]),
         }
     return {
+        "compared_slices": {split: len(index) for split, index in results.compared.items()},
+        "classified_slices": {split: len(index) for split, index in results.classified.items()},
         "samples": sampled,
         "references": {
             **measured,
@@ -132,8 +140,9 @@ class Comparison:
         results, seed: See `compare`.
 
     Attributes:
-        real: The real slices.
+        real: The real slices that classifiers read.
         decoded: Their reconstructions.
+        train: Those real training slices that are compared with others one by one.
         pairs: (P, 2) indices of test slices at the same position that show different subjects.
     """
 
@@ -141,17 +150,20 @@ class Comparison:
         self.results, self.seed = results, seed
         self.real, self.decoded = {}, {}
         for split, slices in results.slices.items():
-            part = Part(to_display_uint8(slices.images), results.codes[split], slices.positions, slices.subjects)
-            self.real[split] = part.take(results.compared[split])
-            self.decoded[split] = replace(self.real[split], images=self._decode(self.real[split].codes))
-        test = self.real["test"]
+            index = results.classified[split]
+            codes = [indices[index] for indices in results.codes[split]]
+            images, decoded = to_display_uint8(slices.images[index]), self._decode(codes)
+            self.real[split] = Part(images, codes, slices.positions[index], slices.subjects[index], decoded)
+            self.decoded[split] = replace(self.real[split], images=decoded)
+        test, compared = self.real["test"], np.isin(results.classified["train"], results.compared["train"])
+        self.train = self.real["train"].take(np.flatnonzero(compared))
         self.pairs = random_pairs(test.positions, test.subjects, seed)
-        self.whiten = two_sample.whitening(two_sample.random_features(self.real["train"].images))
+        self.whiten = two_sample.whitening(two_sample.random_features(self.train.images))
         self.features = self._features(test.images)
-        self.train_features = self._features(self.decoded["train"].images)
+        self.train_features = self._features(self.train.decoded)
         self.power = metrics.power_spectrum(test.images / np.float32(255))
-        self.distances = self._distances(test)
-        self.surprise = self._surprise(test)
+        self._measured_codes: dict[tuple[bytes, ...], tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+        self.surprise, self.distances = self._measure_codes(test)
 
     def _decode(self, codes: list[np.ndarray]) -> np.ndarray:
         return to_display_uint8(self.results.generator.decode(codes))
@@ -162,18 +174,22 @@ class Comparison:
     # ------------------------------------------------------------------------------------------- sets
 
     def samples(self) -> ImageSet:
-        """The generated slices, one at the position of each compared slice."""
+        """The generated slices, one at the position of each slice that classifiers read."""
         return {
-            split: self._fakes(to_display_uint8(samples.images), samples.codes, samples.positions)
+            split: self._fakes(
+                to_display_uint8(samples.images), samples.codes, samples.positions, self._decode(samples.codes)
+            )
             for split, samples in self.results.compared_samples.items()
         }
 
     def redecode(self, images: ImageSet) -> ImageSet:
         """The same codes, decoded by the VQ-VAE."""
-        return {split: replace(part, images=self._decode(part.codes)) for split, part in images.items()}
+        return {split: replace(part, images=part.decoded) for split, part in images.items()}
 
     def draw(self, images: ImageSet) -> ImageSet:
         """The same codes, decoded as samples are; see `Generator.draw`."""
+        if not self.results.generator.decoder:
+            return self.redecode(images)
         return {
             split: replace(
                 part,
@@ -184,8 +200,8 @@ class Comparison:
             for split, part in images.items()
         }
 
-    def _fakes(self, images: np.ndarray, codes: list[np.ndarray], positions: np.ndarray) -> Part:
-        return Part(images, codes, positions, np.array([f"fake {i}" for i in range(len(images))]))
+    def _fakes(self, images: np.ndarray, codes: list[np.ndarray], positions: np.ndarray, decoded: np.ndarray) -> Part:
+        return Part(images, codes, positions, np.array([f"fake {i}" for i in range(len(images))]), decoded)
 
     def control(self, name: str) -> tuple[ImageSet, ImageSet]:
         """Return a set without a fault, and the control of this name in `CONTROLS`."""
@@ -197,24 +213,25 @@ class Comparison:
                 split: patch_codes(part, shape, seeds.generator(self.seed, f"{name} of {split}"))
                 for split, part in self.real.items()
             }
+            decoded = {split: self._decode(codes) for split, codes in patched.items()}
             fakes = {
-                split: self._fakes(self._decode(codes), codes, self.real[split].positions)
+                split: self._fakes(decoded[split], codes, self.real[split].positions, decoded[split])
                 for split, codes in patched.items()
             }
             return self.decoded, fakes
         if name == "decoded_training_codes":
-            copies = self.decoded["train"].take(self._matched("train", "decoded training codes"))
-            return self.decoded, {"test": self._fakes(copies.images, copies.codes, copies.positions)}
+            copies = self.train.take(self._matched(self.train, "decoded training codes"))
+            return self.decoded, {"test": self._fakes(copies.decoded, copies.codes, copies.positions, copies.decoded)}
         spoiled = {split: self._spoil(part, name, split) for split, part in self.real.items()}
         codes = self.results.generator.encode(spoiled["test"].images)
-        return self.real, spoiled | {"test": replace(spoiled["test"], codes=codes)}
+        return self.real, spoiled | {"test": replace(spoiled["test"], codes=codes, decoded=self._decode(codes))}
 
     def _spoil(self, part: Part, name: str, split: str) -> Part:
         """Blur images or add noise, depending on the name of the control. The codes are left out."""
         clean = part.images / np.float32(255)
         random = seeds.generator(self.seed, f"{name} of {split}")
         images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, random))
-        return replace(part, images=images, codes=[])
+        return replace(part, images=images, codes=[], decoded=part.decoded[:0])
 
     def _real_control(self) -> tuple[ImageSet, ImageSet]:
         """Two sets of real slices: of test and of validation subjects, with half of the training subjects each.
@@ -232,13 +249,13 @@ class Comparison:
         second = {
             "train": parts[1],
             "validate": parts[3],
-            "test": self.real["validate"].take(self._matched("validate", "real control")),
+            "test": self.real["validate"].take(self._matched(self.real["validate"], "real control")),
         }
         return first, second
 
-    def _matched(self, split: str, purpose: str, draw: int = 0) -> np.ndarray:
-        """Choose a slice of a split for each test slice; see `matched_slices`."""
-        return matched_slices(self.real[split], self.real["test"], seeds.generator(self.seed, purpose, draw))
+    def _matched(self, part: Part, purpose: str, draw: int = 0) -> np.ndarray:
+        """Choose a slice of a part for each test slice; see `matched_slices`."""
+        return matched_slices(part, self.real["test"], seeds.generator(self.seed, purpose, draw))
 
     # --------------------------------------------------------------------------------------- measures
 
@@ -290,8 +307,8 @@ class Comparison:
               decoded codes, compared with decoded codes of training slices.
         """
         test, features = self.real["test"], self._features(fakes.images)
-        subjects, distances = _subjects(test, fakes), self._distances(fakes)
-        auc, interval = two_sample.area_under_curve(self.surprise, self._surprise(fakes), *subjects)
+        subjects, (surprise, distances) = _subjects(test, fakes), self._measure_codes(fakes)
+        auc, interval = two_sample.area_under_curve(self.surprise, surprise, *subjects)
         return {
             "critic_auc": auc,
             "critic_auc_interval": interval,
@@ -310,10 +327,10 @@ class Comparison:
             The numbers of `two_sample.prdc` and `two_sample.mmd2`, ms_ssim_of_pairs, and `*_spread`, the standard
             deviation of each over the draws.
         """
-        test, train, draws = self.real["test"], self.real["train"], []
+        test, train, draws = self.real["test"], self.train, []
         features = self._features(train.images)
         for draw in range(NUM_DRAWS):
-            index = self._matched("train", "other subjects", draw)
+            index = self._matched(train, "other subjects", draw)
             subjects = (test.subjects, train.subjects[index])
             pairs = self.pairs[draw % max(len(self.pairs), 1) :: NUM_DRAWS]  # Every tenth pair takes less time.
             draws.append(
@@ -341,8 +358,8 @@ class Comparison:
 
     def _nearest_training(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
         """Index of the nearest real training slice of each image, and the distance in pixels, (N,) each."""
-        train = self.real["train"]
-        return two_sample.nearest_neighbours(_flat(part.images), _flat(train.images), *_subjects(part, train))
+        images, others = _flat(part.images), _flat(self.train.images)
+        return two_sample.nearest_neighbours(images, others, *_subjects(part, self.train))
 
     def nearest_to_training(self, samples: Part) -> list[dict[str, Any]]:
         """The ten samples nearest to a training slice in pixels, as {index, train_index, distance}."""
@@ -353,16 +370,24 @@ class Comparison:
             for i in np.argsort(distances, kind="stable")[:10]
         ]
 
-    def _surprise(self, part: Part) -> np.ndarray:
-        return self.results.critic.surprise(part.codes, part.positions)
+    def _measure_codes(self, part: Part) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Measure everything that depends on the codes of a part alone. Sets that share their codes are measured once.
+
+        Returns:
+            The critic's surprise, (N,), and the distance of each grid of codes, and of what it decodes to, to the
+            nearest of the training slices, (N,) for each space.
+        """
+        key = tuple(array.tobytes() for array in (*part.codes, part.positions, part.subjects))
+        if key not in self._measured_codes:
+            surprise = self.results.critic.surprise(part.codes, part.positions)
+            self._measured_codes[key] = surprise, self._distances(part)
+        return self._measured_codes[key]
 
     def _distances(self, part: Part) -> dict[str, np.ndarray]:
-        """Distance of each grid of codes, and of what it decodes to, to the nearest of the training slices, (N,)."""
-        train, images = self.decoded["train"], self._decode(part.codes)
-        subjects = _subjects(part, train)
+        train, images, subjects = self.train, part.decoded, _subjects(part, self.train)
         return {
             "codes": two_sample.nearest_grids(_grids(part.codes), _grids(train.codes), *subjects),
-            "pixels": two_sample.nearest_neighbours(_flat(images), _flat(train.images), *subjects)[1],
+            "pixels": two_sample.nearest_neighbours(_flat(images), _flat(train.decoded), *subjects)[1],
             "features": two_sample.nearest_neighbours(self._features(images), self.train_features, *subjects)[1],
         }
 
@@ -484,13 +509,34 @@ def to_display_uint8(images: np.ndarray) -> np.ndarray:
     return np.where(images > BRAIN_THRESHOLD * 255, images, np.uint8(0))
 
 
+def choose_slices(
+    slices: dict[str, Slices], max_compared: int, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Choose the slices of each split that are compared with samples one by one, and those that classifiers read.
+
+    Comparing all pairs costs the square of the number of slices, on the training side, too. A classifier costs the same
+    for each slice and needs many to be trained on, so it may read more training slices, at most `CLASSIFIER_SLICES`.
+
+    Args:
+        slices: All slices, by split.
+        max_compared: Number of slices of each split that are compared at most; see `choose_subjects`.
+        seed: Determines the subjects.
+
+    Returns:
+        `Results.compared` and `Results.classified`. The former are among the latter.
+    """
+    compared = {split: choose_subjects(some, max_compared, seed) for split, some in slices.items()}
+    training = choose_subjects(slices["train"], max(max_compared, CLASSIFIER_SLICES), seed)
+    return compared, compared | {"train": training}
+
+
 def choose_subjects(slices: Slices, max_slices: int, seed: int) -> np.ndarray:
     """Choose all slices of random subjects, as many as possible without exceeding a number of slices.
 
     Args:
         slices: N slices.
         max_slices: The number. If even the first subject has more slices, it is chosen nevertheless.
-        seed: Determines the subjects.
+        seed: Determines the subjects. Those for fewer slices are among those for more.
 
     Returns:
         Indices of the chosen slices in increasing order.

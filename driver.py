@@ -73,7 +73,7 @@ class Config:
     decoder_channels: int = 64  # of the sharp decoder's finest resolution; coarser ones have up to twice as many
 
     num_samples: int = 20  # number of generated slices in samples/
-    measured_slices: int = 3000  # maximum number of slices of each split that are compared with samples
+    measured_slices: int = 1000  # maximum number of slices of each split that are compared one by one with samples
     sharp_samples: bool = True  # decode samples with the sharp decoder
     sample_positions: tuple[int, ...] = ()  # slice positions to generate, in turn; none: as in the training data
     temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
@@ -205,8 +205,7 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     """
     names, inputs = pictures.of_run(len(config.grids), results.generator.decoder is not None), [*made_from]
     run.make(results.samples.files, inputs, results.samples.save)
-    run.make("metrics.json", inputs, lambda path: write_json(path, measure(config, results)))
-    run.make("test_slices.csv", inputs, lambda path: write_table(path, metrics.slice_rows(results)))
+    run.make(["metrics.json", "test_slices.csv"], inputs, lambda *paths: measure(config, results, *paths))
     run.make("blind_test_key.csv", inputs, lambda path: write_table(path, pictures.blind_test(results)[1]))
     results = replace(results, numbers=run.read_metrics())
     inputs += ["metrics.json"]
@@ -218,12 +217,13 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     return summarize(config, run)
 
 
-def measure(config: Config, results: Results) -> dict[str, Any]:
-    """Compute the content of metrics.json."""
+def measure(config: Config, results: Results, numbers_path: Path, slices_path: Path) -> None:
+    """Compute and write the content of metrics.json and test_slices.csv."""
     print("measuring reconstructions, codes and likelihood on the test split")
-    numbers = metrics.measure(results)
+    numbers, rows = metrics.measure(results)
     print("comparing samples with the test split")
-    return metrics.without_nan(numbers | comparison.compare(results, config.seed))
+    write_json(numbers_path, metrics.without_nan(numbers | comparison.compare(results, config.seed)))
+    write_table(slices_path, rows)
 
 
 def summarize(config: Config, run: Run) -> dict[str, Any]:
@@ -246,12 +246,9 @@ def make_results(
     config: Config, run: Run, generator: Generator, critic: Generator, codes: Codes, slices: Slices
 ) -> tuple[Results, list[str]]:
     """Draw all samples. Returns what the run has made so far, and what determines it, for `Run.make`."""
-    compared = {
-        split: comparison.choose_subjects(split_slices, config.measured_slices, config.seed)
-        for split, split_slices in slices.items()
-    }
+    compared, classified = comparison.choose_slices(slices, config.measured_slices, config.seed)
     made_from = ["slices", "sampling", *(f"{name}.keras" for name in stages.names(config))]
-    positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
+    positions = {f"{split}_codes": slices[split].positions[index] for split, index in classified.items()}
     positions["codes"] = sample_positions(config, slices)
     arguments = options.sampling_arguments(config)
     samples = {
@@ -268,7 +265,8 @@ def make_results(
         reconstructions={split: generator.decode(codes[split]) for split in ("validate", "test")},
         samples=samples["codes"],
         compared=compared,
-        compared_samples={split: samples[f"{split}_codes"] for split in compared},
+        classified=classified,
+        compared_samples={split: samples[f"{split}_codes"] for split in classified},
         sampling=arguments,
         history=run.history,
         numbers={},

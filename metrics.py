@@ -20,51 +20,57 @@ from pngs import BRAIN_THRESHOLD
 RECONSTRUCTION_METRICS = ("ssim", "ssim_brain", "ms_ssim", "psnr_db", "mae")  # One number per slice each.
 
 
-def measure(results: Results) -> dict[str, Any]:
+def measure(results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure reconstructions, codes and likelihood.
 
     Args:
         results: Everything that a run has produced. `results.numbers` is not used.
 
     Returns:
-        The sizes of the test split (`test_slices`, `test_subjects`); `crop`, see `dataset.Slices`; `frame_size`, the
-        height and width of the whole slices that the reconstructions are measured on; and the numbers of
-        `reconstruction_metrics`, `code_and_prior_metrics` and `likelihood_metrics`. All of them are those of the
+        The numbers: the sizes of the test split (`test_slices`, `test_subjects`); `crop`, see `dataset.Slices`;
+        `frame_size`, the height and width of the whole slices that the reconstructions are measured on; and the numbers
+        of `reconstruction_metrics`, `code_and_prior_metrics` and `likelihood_metrics`. All of them are those of the
         VQ-VAE's decoder; with a sharp decoder, `sharp` has the numbers of `reconstruction_metrics` for its
         reconstructions.
+
+        The `slice_rows` of the test split.
     """
     drawn = results.sharp_reconstructions
     sharp = whole_slices(replace(results, reconstructions={"test": drawn})) if drawn is not None else None
     results = whole_slices(results)
     test, reconstructions = results.slices["test"], results.reconstructions["test"]
+    by_slice, nats = metrics_by_slice(test.images, reconstructions), nats_by_split(results)
     numbers: dict[str, Any] = {
         "test_slices": len(test),
         "test_subjects": len(set(test.subjects)),
         "crop": test.crop,
         "frame_size": test.images.shape[1],
-        **reconstruction_metrics(test, reconstructions),
-        **code_and_prior_metrics(results),
+        **reconstruction_metrics(test, reconstructions, by_slice),
+        **code_and_prior_metrics(results, nats),
     }
     if sharp:
-        numbers["sharp"] = reconstruction_metrics(sharp.slices["test"], sharp.reconstructions["test"])
-    return numbers | likelihood_metrics(results, numbers["prior_bits_per_image"])
+        drawn, test = sharp.reconstructions["test"], sharp.slices["test"]
+        numbers["sharp"] = reconstruction_metrics(test, drawn, metrics_by_slice(test.images, drawn))
+    numbers |= likelihood_metrics(results, numbers["prior_bits_per_image"])
+    return numbers, slice_rows(results, by_slice, nats["test"])
 
 
-def slice_rows(results: Results) -> list[dict[str, Any]]:
-    """Measure each test slice, so that two runs on the same slices can be compared in pairs.
+def slice_rows(results: Results, by_slice: dict[str, np.ndarray], nats: list[np.ndarray]) -> list[dict[str, Any]]:
+    """List what was measured for each test slice, so that two runs on the same slices can be compared in pairs.
+
+    Args:
+        results: Everything that a run has produced.
+        by_slice: See `metrics_by_slice`.
+        nats: Nats per code of the test slices, (N,) per level.
 
     Returns:
         One dictionary per slice: subject, position, each of `RECONSTRUCTION_METRICS`, and the nats of its codes under
         the prior of each level.
     """
-    results = whole_slices(results)
-    test = results.slices["test"]
-    columns: dict[str, Any] = {"subject": test.subjects, "position": test.positions}
-    columns |= metrics_by_slice(test.images, results.reconstructions["test"])
-    prefixes = model.level_prefixes(len(results.codes["test"]))
-    nats = results.generator.nats_per_code(results.codes["test"], test.positions)
-    for prefix, codes, values in zip(prefixes, results.codes["test"], nats, strict=True):
-        columns[f"{prefix}nats"] = values * codes[0].size
+    test, codes = results.slices["test"], results.codes["test"]
+    columns: dict[str, Any] = {"subject": test.subjects, "position": test.positions, **by_slice}
+    for prefix, indices, values in zip(model.level_prefixes(len(codes)), codes, nats, strict=True):
+        columns[f"{prefix}nats"] = values * indices[0].size
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -104,20 +110,22 @@ def whole_slices(results: Results) -> Results:
     return replace(results, slices=slices, reconstructions=reconstructions)
 
 
-def reconstruction_metrics(slices: Slices, reconstructions: np.ndarray) -> dict[str, Any]:
+def reconstruction_metrics(
+    slices: Slices, reconstructions: np.ndarray, values: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Measure how close reconstructions are to their originals.
 
     Args:
         slices: The originals, N slices.
         reconstructions: (N, H, W, 1) float32, clipped to [0, 1].
+        values: What `metrics_by_slice` returns for them.
 
     Returns:
-        The mean over slices of each of `RECONSTRUCTION_METRICS` (see `metrics_by_slice`); `*_interval`, its 95 %
-        interval over subjects; `by_position`, the means at each slice position; `worst_slices`, the ten slices with
-        the lowest `ssim_brain`, worst first; `half_power_frequency`; and the numbers of `power_ratios`.
+        The mean over slices of each of `RECONSTRUCTION_METRICS`; `*_interval`, its 95 % interval over subjects;
+        `by_position`, the means at each slice position; `worst_slices`, the ten slices with the lowest `ssim_brain`,
+        worst first; `half_power_frequency`; and the numbers of `power_ratios`.
     """
     positions, subjects = slices.positions, slices.subjects
-    values = metrics_by_slice(slices.images, reconstructions)
     numbers: dict[str, Any] = {}
     for name in RECONSTRUCTION_METRICS:
         numbers[name] = _mean(values[name])
@@ -256,20 +264,33 @@ def power_ratios(original: np.ndarray, other: np.ndarray) -> dict[str, float]:
 # ------------------------------------------------------------------------------------ codes and likelihood
 
 
-def code_and_prior_metrics(results: Results) -> dict[str, Any]:
+def nats_by_split(results: Results) -> dict[str, list[np.ndarray]]:
+    """Nats per code of all test slices and of the compared slices of the other splits, (N,) per level."""
+    nats = {}
+    for split, slices in results.slices.items():
+        chosen = np.arange(len(slices)) if split == "test" else results.compared[split]
+        codes = [indices[chosen] for indices in results.codes[split]]
+        nats[split] = results.generator.nats_per_code(codes, slices.positions[chosen])
+    return nats
+
+
+def code_and_prior_metrics(results: Results, nats_by_slice: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     """Measure codebook use and the cross-entropy of the priors.
+
+    Args:
+        results: Everything that a run has produced.
+        nats_by_slice: See `nats_by_split`.
 
     Returns:
         The numbers of `code_metrics` and `prior_metrics` on the test split, and the same cross-entropy on the other
         splits (prior_nats_per_code_train, prior_nats_per_code_validate), combined by `combine_levels`. All are
         evaluated alike, with the final weights and without dropout, so that the splits can be compared.
     """
-    generator, nats = results.generator, {}
-    for split, slices in results.slices.items():
-        chosen = np.arange(len(slices)) if split == "test" else results.compared[split]
-        codes = [indices[chosen] for indices in results.codes[split]]
-        by_level = generator.nats_per_code(codes, slices.positions[chosen])
-        nats[split] = [float(np.mean(values, dtype=np.float64)) for values in by_level]
+    generator = results.generator
+    nats = {
+        split: [float(np.mean(values, dtype=np.float64)) for values in by_level]
+        for split, by_level in nats_by_slice.items()
+    }
     levels = [
         {
             **code_metrics(indices, generator.num_embeddings, generator.background_code),

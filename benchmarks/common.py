@@ -1,8 +1,9 @@
-"""What several benchmarks share: timing, the machine's peak, arithmetic of training steps, child processes, JSON.
+"""What several benchmarks share: timing, the machine's peak, comparison with an earlier run, child processes, JSON.
 
 `python -m benchmarks.common` prints the convolution peak of this machine.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,7 +13,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +28,30 @@ import console
 import dataset
 import devices
 import layers
+from run import versions
 
 ROOT = Path(__file__).parents[1]
 
 Options = TypeVar("Options")
 
+# The figures that are compared with an earlier run, as regular expressions that match their whole names. All other
+# numbers, such as counts, are not. Times and speeds depend on the state of the machine, the rest does not.
+TIMES = r"(training_|uninterrupted_)?seconds|seconds_to_ssim|ms_per_grid|microseconds_a_position_.+|minutes_for_.+"
+SPEEDS = r"(images|slices)_per_second|(vqvae|prior)_images_per_s"
+OTHERS_LOWER = r"peak_mb|memory_ratio|bits_per_code|prior_bits_per_image"
+OTHERS_HIGHER = r"share_of_peak|speedup_.+|ours_is_faster_by|sooner_by|ssim|ssim_brain|psnr_db"
+LOWER_IS_BETTER, HIGHER_IS_BETTER = f"{TIMES}|{OTHERS_LOWER}", f"{SPEEDS}|{OTHERS_HIGHER}"
+
 
 # ------------------------------------------------------------------------------------ command line and output
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a benchmark is compared with."""
+
+    compare: Path | None = None  # file with the output of an earlier run of the same command on this machine
+    tolerance: float = 0.1  # fraction by which a figure may be worse than in that run; otherwise the exit status is 1
 
 
 def run_benchmark(
@@ -41,25 +60,44 @@ def run_benchmark(
     description: str | None,
     on_stop: str = "the numbers of this benchmark are lost",
 ) -> dict[str, Any]:
-    """Parse the command line, run a benchmark, and print its numbers as the last line. Ends the process on errors.
+    """Parse the command line, run a benchmark, and print its numbers as the last line.
+
+    Ends the process on errors, and with status 1 if a figure is worse than `Comparison` allows.
 
     Args:
-        main: The benchmark. Returns its numbers.
-        options: The dataclass of its options.
+        main: The benchmark. Returns its numbers, with those of `report_machine` among them.
+        options: The dataclass of its options. Those of `Comparison` are added on the command line.
         description: Text for `--help`.
         on_stop: What to tell the user after Ctrl-C or SIGTERM.
     """
     console.prepare_streams()
     numbers: dict[str, Any] = {}
+    worse: str | None = None
+    both: Any = dataclasses.make_dataclass("Command", [("options", options), ("comparison", Comparison)])
 
     def command() -> None:
-        numbers.update(main(tyro.cli(options, description=description)))
+        nonlocal worse
+        chosen = tyro.cli(both, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        texts = _as_text(chosen.options)
+        earlier = read_earlier(chosen.comparison, texts)
+        numbers.update(main(chosen.options), options=texts)
+        if earlier:
+            worse = compare(earlier, numbers, chosen.comparison)
         print_json(numbers)
 
     status = console.run_command(command, on_stop)
     if status:
         sys.exit(status)
+    if worse:
+        print(f"error: {console.one_line(worse)}", file=sys.stderr)
+        sys.exit(1)
     return numbers
+
+
+def _as_text(options: Any) -> dict[str, str]:
+    """Return options as text. Folders may be moved, so of a path only counts that it was given."""
+    values = dataclasses.asdict(options)
+    return {name: "a path" if isinstance(value, Path) else str(value) for name, value in values.items()}
 
 
 def print_json(numbers: dict[str, Any]) -> None:
@@ -76,7 +114,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def run_child(module: str, arguments: Sequence[object] = (), **environment: str) -> dict[str, Any]:
-    """Run a module of this package in a process of its own and return the JSON of its last line.
+    """Run a module of this package in a process of its own and return the JSON of its last line, without its options.
 
     Args:
         module: Its name, as in "benchmarks.loading".
@@ -90,7 +128,108 @@ def run_child(module: str, arguments: Sequence[object] = (), **environment: str)
     output = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
-    return json.loads(output.splitlines()[-1])
+    numbers = json.loads(output.splitlines()[-1])
+    return {name: value for name, value in numbers.items() if name != "options"}
+
+
+# ------------------------------------------------------------------------------------------- an earlier run
+
+
+def read_earlier(comparison: Comparison, options: dict[str, str]) -> dict[str, Any]:
+    """Read the numbers of an earlier run, before anything is measured.
+
+    Args:
+        comparison: Where they are.
+        options: The options of this run as text.
+
+    Returns:
+        The numbers; an empty dictionary if there is nothing to compare with.
+
+    Raises:
+        UserError: The tolerance cannot work, or the file is not the output of the same command on the same machine.
+    """
+    path = comparison.compare
+    if not 0 <= comparison.tolerance < math.inf:
+        raise console.UserError(f"--tolerance is {comparison.tolerance}: must be 0 or a positive number")
+    if path is None:
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        recorded = {name: earlier[name] for name in (*machine(), "options", "convolution_peak_gflops")}
+    except OSError as error:
+        raise console.UserError(
+            f"{path}: cannot be read ({error.strerror}); give --compare the output of an earlier run"
+        ) from error
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise console.UserError(
+            f"{path}: its last line is not the JSON of a benchmark; store the whole output of an earlier run, as in "
+            "python -m benchmarks.sampling > FILE"
+        ) from error
+    for name, value in machine().items():
+        if recorded[name] != value:
+            raise console.UserError(
+                f"{path}: was measured with the {name} {recorded[name]}, not {value}; compare on one machine only"
+            )
+    for name in options | recorded["options"]:
+        before, now = recorded["options"].get(name), options.get(name)
+        if before != now:
+            raise console.UserError(f"{path}: was measured with {name} = {before}, not {now}; use the same options")
+    return earlier
+
+
+def compare(earlier: dict[str, Any], numbers: dict[str, Any], comparison: Comparison) -> str | None:
+    """Print all figures beside those of an earlier run.
+
+    A time or a speed is worse only if it is so both as measured and after both have been scaled to the same convolution
+    peak. A machine that is slower for another reason therefore does not look like slower code.
+
+    Args:
+        earlier: The numbers of the earlier run.
+        numbers: Those of this run.
+        comparison: The tolerance.
+
+    Returns:
+        One line about the worst figure if it is worse than the tolerance allows, otherwise None.
+    """
+    peaks = [run["convolution_peak_gflops"] for run in (earlier, numbers)]
+    faster = peaks[1] / peaks[0]
+    print(f"\ncompared with {comparison.compare}, when the convolution peak was {peaks[0]:.0f} GFLOP/s:")
+    if abs(faster - 1) > comparison.tolerance:
+        console.warn(f"the convolution peak is {faster:.2f} times the earlier one: the machine is in another state")
+    before, after = dict(figures(earlier)), dict(figures(numbers))
+    width = max(map(len, before), default=0)
+    print(f"{'figure':{width}} {'better':>7} {'earlier':>10} {'now':>10} {'ratio':>7} {'at equal peaks':>15}")
+    losses: dict[str, float] = {}
+    for name, old in before.items():
+        new, kind = after.get(name, math.nan), name.rpartition(": ")[2]
+        is_lower_better = re.fullmatch(LOWER_IS_BETTER, kind) is not None
+        ratio = scaled = new / old
+        if re.fullmatch(f"{TIMES}|{SPEEDS}", kind):
+            scaled = ratio * faster if is_lower_better else ratio / faster
+        better = "lower" if is_lower_better else "higher"
+        print(f"{name:{width}} {better:>7} {old:10.4g} {new:10.4g} {ratio:7.2f} {scaled:15.2f}", flush=True)
+        loss = min(ratio, scaled) - 1 if is_lower_better else 1 - max(ratio, scaled)
+        losses[name] = math.inf if math.isnan(loss) else loss  # A figure that cannot be measured any more.
+    worst = max(losses, key=lambda name: losses[name], default=None)
+    if worst is None or losses[worst] <= comparison.tolerance:
+        return None
+    values = f"{after.get(worst, math.nan):.4g} instead of {before[worst]:.4g}"
+    return (
+        f'{comparison.compare}: "{worst}" is worse by {losses[worst]:.0%}, {values}; the tolerance is '
+        f"{comparison.tolerance:.0%}"
+    )
+
+
+def figures(numbers: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the names and values of all figures in nested dictionaries and lists, except those that are 0 or None."""
+    if isinstance(numbers, dict):
+        for key, value in numbers.items():
+            yield from figures(value, f"{name}: {key}" if name else key)
+    elif isinstance(numbers, list):
+        for index, row in enumerate(numbers):
+            yield from figures(row, f"{name} {row.get('name', index) if isinstance(row, dict) else index}")
+    elif re.fullmatch(f"{LOWER_IS_BETTER}|{HIGHER_IS_BETTER}", name.rpartition(": ")[2]) and numbers:
+        yield name, numbers
 
 
 # ------------------------------------------------------------------------------------------------ the machine
@@ -107,17 +246,32 @@ def time_runs(run: Callable[[], object], repeats: int) -> list[float]:
     return seconds
 
 
-def report_machine(in_child: bool = False) -> dict[str, float]:
+def machine() -> dict[str, str]:
+    """Return what must be the same for times to be comparable: processor, number of threads, and backend."""
+    facts = versions(backend=keras.backend.backend())
+    return {name: facts[name] for name in ("processor", "threads", "backend")}
+
+
+def measure_machine() -> dict[str, Any]:
+    """Return what `machine` returns, and `convolution_peak_gflops`, see `convolution_peak`."""
+    return {**machine(), "convolution_peak_gflops": convolution_peak() / 1e9}
+
+
+def report_machine(in_child: bool = False) -> dict[str, Any]:
     """Measure and print what the machine can do: the line that stands above each table of times.
 
     Args:
         in_child: Measure in a process of its own, so that this one takes no memory for it, on a GPU either.
 
     Returns:
-        `{"convolution_peak_gflops": ...}`, see `convolution_peak`.
+        See `measure_machine`.
     """
-    numbers = run_child("benchmarks.common") if in_child else {"convolution_peak_gflops": convolution_peak() / 1e9}
-    print(f"{os.cpu_count()} cores; convolution peak {numbers['convolution_peak_gflops']:.0f} GFLOP/s", flush=True)
+    numbers = run_child("benchmarks.common") if in_child else measure_machine()
+    print(
+        f"{numbers['processor']}, {numbers['threads']} threads, {numbers['backend']}; "
+        f"convolution peak {numbers['convolution_peak_gflops']:.0f} GFLOP/s",
+        flush=True,
+    )
     return numbers
 
 
@@ -242,4 +396,4 @@ def validation_ssim(network: keras.Model, images: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    print_json({"convolution_peak_gflops": convolution_peak() / 1e9})
+    print_json(measure_machine())

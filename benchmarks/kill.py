@@ -51,7 +51,7 @@ class Options:
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Run the benchmark in a temporary folder and return its numbers: kills, identical, runs, different."""
+    """Run the benchmark in a temporary folder and return its numbers; see `kill_and_compare`."""
     with tempfile.TemporaryDirectory() as folder:
         return kill_and_compare(options, Path(folder))
 
@@ -60,8 +60,10 @@ def kill_and_compare(options: Options, folder: Path) -> dict[str, Any]:
     """Run the benchmark in a folder.
 
     Returns:
-        kills; identical (whether no file differs); runs (completed despite the kills); different (names of files).
+        kills; identical (whether no file differs); runs (completed despite the kills); different (names of files);
+        uninterrupted_seconds; and the numbers of `common.report_machine`.
     """
+    numbers: dict[str, Any] = common.report_machine()
     phantom.write_pngs(folder / "slices", num_subjects=6, num_positions=4, image_size=32)
     # All runs have the same name, which the report shows, so each one needs a folder of its own around it.
     uninterrupted, killed = folder / "uninterrupted", folder / "killed"
@@ -91,7 +93,8 @@ def kill_and_compare(options: Options, folder: Path) -> dict[str, Any]:
         killed = folder / f"killed-{runs}"
     for step, count in hits.most_common():
         print(f"{count:4d} {'kill' if count == 1 else 'kills'} {step}")
-    return {"kills": hits.total(), "identical": not different, "runs": runs, "different": different}
+    counts = {"kills": hits.total(), "identical": not different, "runs": runs, "different": different}
+    return {**numbers, **counts, "uninterrupted_seconds": seconds}
 
 
 def driver_command(options: Options, data_dir: Path, run_dir: Path) -> list[str]:

@@ -5,9 +5,11 @@
 Makes a run for each combination of crop, image size, grid and codebook size, briefly trained, with the constants of
 driver.py otherwise, but without a sharp decoder: it is the codes that are compared. The same command continues where it
 was stopped. Prints a table, writes rate_distortion.png, and prints the rows as JSON. All runs train for the same number
-of epochs, so that they can be compared with each other. Longer training improves each of them.
+of epochs, so that they can be compared with each other. Longer training improves each of them. The minutes are those of
+training; a run that was made before is not timed again.
 """
 
+import csv
 import itertools
 import re
 from dataclasses import dataclass
@@ -37,21 +39,37 @@ class Options:
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Train and measure every combination; returns one row per combination."""
+    """Train and measure every combination and return the rows, one per combination."""
+    machine = common.report_machine()
     combinations = itertools.product(
         options.crops or (None,), options.image_sizes, options.grids, options.num_embeddings
     )
     rows = [make_run(options, *combination) for combination in combinations]
-    columns = ("crop", "size", "grid", "codes", "bits", "SSIM", "brain", "c2st", "AUC", "prec.", "recall", "cover.")
+    columns = (
+        "crop",
+        "size",
+        "grid",
+        "codes",
+        "bits",
+        "SSIM",
+        "brain",
+        "c2st",
+        "AUC",
+        "prec.",
+        "recall",
+        "cover.",
+        "min",
+    )
     print("\n" + " ".join(f"{column:>6}" for column in columns))
     for row in rows:
         numbers = [row[name] for name in ("crop", "image_size", "grid", "num_embeddings", "prior_bits_per_image")]
         fractions = [row[name] for name in ("ssim", "ssim_brain", "c2st_reconstructions", *SAMPLES[:-1])]
-        print(" ".join([*(f"{value:>6.0f}" for value in numbers), *(f"{_shown(value):>6}" for value in fractions)]))
+        cells = [*(f"{value:>6.0f}" for value in numbers), *(f"{_shown(value):>6}" for value in fractions)]
+        print(" ".join([*cells, f"{row['training_seconds'] / 60:>6.1f}"]))
     epochs = f"{options.vqvae_epochs} + {options.prior_epochs} epochs"
     note = epochs if options.data_dir else f"{epochs}; SYNTHETIC slices, not real brains"
     plots.rate_distortion(options.folder / "rate_distortion.png", rows, note)
-    return {"rows": rows}
+    return {**machine, "rows": rows}
 
 
 def _shown(value: float | None) -> str:
@@ -80,7 +98,11 @@ def make_run(options: Options, crop: int | None, image_size: int, grid: int, num
     )
     numbers = driver.main(config)
     samples, reconstructions = numbers["samples"], numbers["references"]["reconstructions"]
+    with open(options.folder / name / "history.csv", encoding="utf-8", newline="") as history:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(history))
     return {
+        "name": name,
+        "training_seconds": seconds,
         **chosen,
         "crop": numbers["crop"],
         "grid": grid,

@@ -62,7 +62,7 @@ def main(options: Options) -> dict[str, Any]:
     if options.measure:
         changes = json.loads(options.measure)
         return measure_comparison(**changes) if "test" in changes else measure_training(changes, options.steps)
-    numbers: dict[str, Any] = {"backend": keras.backend.backend(), **common.report_machine(in_child=True)}
+    numbers: dict[str, Any] = common.report_machine(in_child=True)
     numbers |= {"devices": {}, "growth": {}, "measuring": {}}
     print(f"{'devices':>8s}  {'VQ-VAE images/s':>16s} {'exchange':>9s}  {'prior images/s':>15s} {'exchange':>9s}")
     for count in (1, 2):
@@ -159,9 +159,12 @@ def measure_comparison(test: int, train: int) -> dict[str, float]:
     codes = {
         split: [random.integers(0, config.num_embeddings, (count, *shape), np.int32)] for split, count in counts.items()
     }
+    compared, classified = comparison.choose_slices(slices, config.measured_slices, seed=0)
     samples = {
-        split: Samples(random.random((count, 96, 96, 1), np.float32), codes[split], slices[split].positions)
-        for split, count in counts.items()
+        split: Samples(
+            random.random((len(index), 96, 96, 1), np.float32), [codes[split][0][index]], slices[split].positions[index]
+        )
+        for split, index in classified.items()
     }
     results = Results(
         generator=generator,
@@ -170,7 +173,8 @@ def measure_comparison(test: int, train: int) -> dict[str, float]:
         codes=codes,
         reconstructions={},
         samples=samples["test"],
-        compared={split: np.arange(count) for split, count in counts.items()},
+        compared=compared,
+        classified=classified,
         compared_samples=samples,
         sampling={},
         history=[],

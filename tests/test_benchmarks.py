@@ -1,14 +1,18 @@
 import importlib
+import inspect
 import json
 import math
+import re
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+import console
 import dataset
 import driver
 import layers
@@ -93,6 +97,154 @@ def test_operations_of_a_convolution_and_a_product():
     convolution, product = 2 * 3 * 8 * 8 * 9 * 2 * 4, 2 * 3 * 8 * 8 * 4 * 5
     # Forward, backward to the weights, and backward to the inputs.
     assert common.step_operations(network, x, y) == 3 * convolution + 3 * product
+
+
+# ----------------------------------------------------------------------------------------- an earlier run
+
+
+@dataclass(frozen=True)
+class SomeOptions:
+    data_dir: Path | None = None
+    grids: tuple[int, ...] = (1, 2)
+
+
+FIGURES = {
+    "prior": {"images_per_second": 100.0},
+    "peak_mb": 50.0,
+    "rows": [{"name": "large", "seconds": 3.0}],
+    "kills": 4,
+}
+AT_PEAK = {"convolution_peak_gflops": 200.0}
+
+
+def run(monkeypatch, capsys, numbers: dict, *arguments: object) -> tuple[int, str, str]:
+    """Run a benchmark that measures these numbers; returns the exit status, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    monkeypatch.setattr(console, "stop_on_signals", lambda: None)
+    status = 0
+    try:
+        common.run_benchmark(lambda options: {**common.machine(), **AT_PEAK, **numbers}, SomeOptions, "A benchmark.")
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch, capsys) -> Path:
+    path = tmp_path / "earlier.txt"
+    path.write_text("a table\n" + run(monkeypatch, capsys, FIGURES)[1], encoding="utf-8")
+    return path
+
+
+def test_an_equal_run_passes_and_shows_all_figures(earlier, monkeypatch, capsys):
+    status, output, errors = run(monkeypatch, capsys, FIGURES, "--compare", earlier)
+    assert (status, errors) == (0, "")
+    for name in ("prior: images_per_second", "peak_mb", "rows large: seconds"):
+        (row,) = [line for line in output.splitlines() if line.startswith(name)]
+        assert row.split()[-2:] == ["1.00", "1.00"]
+    assert "kills" not in output.rpartition("\n{")[0]
+    assert json.loads(output.splitlines()[-1])["kills"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "worst"),
+    [
+        ({"peak_mb": 56.0}, '"peak_mb" is worse by 12%, 56 instead of 50'),
+        ({"peak_mb": 54.0}, None),
+        ({"peak_mb": 5.0}, None),
+        ({"prior": {"images_per_second": 88.0}}, '"prior: images_per_second" is worse by 12%'),
+        ({"prior": {"images_per_second": 200.0}}, None),
+        ({"prior": {"images_per_second": 80.0}, "peak_mb": 70.0}, '"peak_mb" is worse by 40%'),
+        ({"prior": {"images_per_second": 50.0}, "peak_mb": 70.0}, '"prior: images_per_second" is worse by 50%'),
+        ({"rows": [{"name": "large", "seconds": 6.0}]}, '"rows large: seconds" is worse by 100%'),
+        ({"rows": [{"name": "large", "seconds": math.nan}]}, '"rows large: seconds"'),
+        ({"rows": []}, '"rows large: seconds"'),
+    ],
+)
+def test_the_worst_figure_beyond_the_tolerance_is_named(earlier, monkeypatch, capsys, changes, worst):
+    status, output, errors = run(monkeypatch, capsys, FIGURES | changes, "--compare", earlier)
+    json.loads(output.splitlines()[-1])
+    if worst is None:
+        assert (status, errors) == (0, "")
+    else:
+        assert status == 1
+        assert errors.startswith(f"error: {earlier}: ")
+        assert worst in errors
+        assert errors.count("\n") == 1
+
+
+def test_the_tolerance_is_an_option(earlier, monkeypatch, capsys):
+    slower = FIGURES | {"peak_mb": 56.0}
+    assert run(monkeypatch, capsys, slower, "--compare", earlier, "--tolerance", 0.15)[0] == 0
+    status, _, errors = run(monkeypatch, capsys, slower, "--compare", earlier, "--tolerance", -1)
+    assert status == 2
+    assert "--tolerance is -1" in errors
+
+
+def test_times_and_speeds_are_scaled_to_the_same_peak_but_memory_is_not(earlier, monkeypatch, capsys):
+    slow_machine = {"convolution_peak_gflops": 100.0, "prior": {"images_per_second": 50.0}}
+    slow_machine["rows"] = [{"name": "large", "seconds": 6.0}]
+    status, output, errors = run(monkeypatch, capsys, FIGURES | slow_machine, "--compare", earlier)
+    assert status == 0
+    assert "0.50 times" in errors  # A warning: the machine is in another state.
+    ratios = {line[:4]: line.split()[-2:] for line in output.splitlines()}
+    assert (ratios["prio"], ratios["rows"]) == (["0.50", "1.00"], ["2.00", "1.00"])
+    slow_machine["peak_mb"] = 100.0
+    assert run(monkeypatch, capsys, FIGURES | slow_machine, "--compare", earlier)[0] == 1
+    # A measured peak that is too high by chance does not make an equal figure worse.
+    assert run(monkeypatch, capsys, FIGURES | {"convolution_peak_gflops": 300.0}, "--compare", earlier)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("processor", "another one"), ("threads", "77"), ("backend", "another one")]
+)
+def test_another_machine_is_refused_before_anything_is_measured(earlier, monkeypatch, capsys, fact, value):
+    table, line = earlier.read_text().splitlines()
+    earlier.write_text("\n".join([table, json.dumps(json.loads(line) | {fact: value})]))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--compare", str(earlier)])
+    with pytest.raises(SystemExit) as end:
+        common.run_benchmark(lambda options: pytest.fail("it was run"), SomeOptions, "A benchmark.")
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert all(part in errors for part in (str(earlier), fact, value))
+
+
+def test_other_options_are_refused_but_folders_may_be_moved(earlier, tmp_path, monkeypatch, capsys):
+    status, _, errors = run(monkeypatch, capsys, FIGURES, "--compare", earlier, "--grids", 3)
+    assert status == 2
+    assert "grids = (1, 2), not (3,)" in errors
+    assert run(monkeypatch, capsys, FIGURES, "--compare", earlier, "--data-dir", tmp_path)[0] == 2
+    earlier.write_text(run(monkeypatch, capsys, FIGURES, "--data-dir", tmp_path / "one")[1])
+    assert run(monkeypatch, capsys, FIGURES, "--compare", earlier, "--data-dir", tmp_path / "other")[0] == 0
+
+
+@pytest.mark.parametrize("content", [None, "", "a table", "[1]", '{"seconds": 3}'])
+def test_a_file_that_is_no_output_of_a_benchmark_is_refused(tmp_path, monkeypatch, capsys, content):
+    path = tmp_path / "file.txt"
+    if content is not None:
+        path.write_text(content)
+    status, _, errors = run(monkeypatch, capsys, FIGURES, "--compare", path)
+    assert status == 2
+    assert errors.startswith(f"error: {path}: ")
+    assert errors.count("\n") == 1
+
+
+def test_figures_are_better_in_one_direction_only():
+    lower = ["seconds", "microseconds_a_position_12x12_batch_20", "ms_per_grid", "seconds_to_ssim", "peak_mb"]
+    higher = ["images_per_second", "vqvae_images_per_s", "share_of_peak", "speedup_12x12", "ssim", "sooner_by"]
+    neither = ["kills", "identical", "runs", "weights", "sessions", "convolution_peak_gflops", "ms_ssim_of_pairs"]
+    for names, wanted in ((lower, (True, False)), (higher, (False, True)), (neither, (False, False))):
+        for name in names:
+            kinds = (common.LOWER_IS_BETTER, common.HIGHER_IS_BETTER)
+            assert tuple(re.fullmatch(kind, name) is not None for kind in kinds) == wanted, name
+
+
+def test_the_peak_stands_in_every_benchmark():
+    for name in MODULES:
+        assert name == "common" or "common.report_machine(" in inspect.getsource(
+            importlib.import_module(f"benchmarks.{name}")
+        ), name
 
 
 # ------------------------------------------------------------------------------------------ single benchmarks

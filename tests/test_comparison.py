@@ -69,6 +69,7 @@ def make_results(
         critic=critic,
         samples=compared_samples["test"],
         compared={split: np.arange(len(some)) for split, some in slices.items()},
+        classified={split: np.arange(len(some)) for split, some in slices.items()},
         compared_samples=compared_samples,
         sampling={"seed": 1},
         history=[],
@@ -113,7 +114,10 @@ def shown(images: np.ndarray) -> np.ndarray:
 
 def test_compare_returns_the_documented_numbers(compared):
     numbers, _ = compared
-    assert set(numbers) == {"samples", "references", "controls", "failed_controls"}
+    sizes = {"compared_slices", "classified_slices"}
+    assert set(numbers) == {"samples", "references", "controls", "failed_controls"} | sizes
+    for name in sizes:
+        assert numbers[name] == {"train": 24, "validate": 12, "test": 18}
     assert set(numbers["samples"]) == MEASURED | SETS | COPIES | {"count", "nearest_to_training"}
     assert numbers["samples"]["count"] == 18
     assert set(numbers["references"]) == {"reconstructions", "other_subjects", "real_ms_ssim_of_pairs"}
@@ -174,7 +178,7 @@ def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
 
 def test_only_the_chosen_slices_are_compared(results):
     chosen = {split: np.flatnonzero(some.subjects != some.subjects[0]) for split, some in results.slices.items()}
-    made = Comparison(replace(results, compared=chosen), seed=0)
+    made = Comparison(replace(results, compared=chosen, classified=chosen), seed=0)
     for split, some in results.slices.items():
         assert np.array_equal(made.real[split].images, shown(some.images[chosen[split]]))
         assert np.array_equal(made.real[split].subjects, some.subjects[chosen[split]])
@@ -246,6 +250,70 @@ def test_two_levels_are_compared():
     assert [tuple(tensor.shape) for tensor in made._code_classifier.inputs] == [(None, 4, 4), (None, 8, 8)]
 
 
+def test_classifiers_read_more_training_slices_than_are_compared_one_by_one(results, compared):
+    few = np.flatnonzero(np.isin(results.slices["train"].subjects, ["case_01", "case_06"]))
+    numbers, tests = compare(replace(results, compared={**results.compared, "train": few}))
+    assert numbers["compared_slices"]["train"] == len(few) == 6
+    assert numbers["classified_slices"]["train"] == 24
+    for call, unlimited in zip(tests, compared[1], strict=True):
+        if "train" in call.second:
+            assert len(call.first["train"][0]) == len(unlimited.first["train"][0])
+    assert {row["train_index"] for row in numbers["samples"]["nearest_to_training"]} <= set(few)
+    rate = numbers["controls"]["decoded_training_codes"]["near_duplicate_rate_codes"]
+    assert rate == 1  # The copies are of slices that they are compared with.
+
+
+def test_nothing_but_classifiers_pairs_more_slices_than_are_compared(results, monkeypatch):
+    few = np.flatnonzero(np.isin(results.slices["train"].subjects, ["case_01", "case_06"]))
+    sizes = []
+    for name in ("nearest_neighbours", "nearest_grids", "prdc", "mmd2"):
+        original = getattr(two_sample, name)
+
+        def record(first, second, *subjects, original=original):
+            sizes.append((len(first), len(second)))
+            return original(first, second, *subjects)
+
+        monkeypatch.setattr(two_sample, name, record)
+    compare(replace(results, compared={**results.compared, "train": few}))
+    assert len(sizes) > 50
+    assert set(sizes) == {(18, len(few)), (18, 18)}
+
+
+def test_sets_that_share_their_codes_are_measured_once(results, monkeypatch):
+    made, measured = Comparison(results, seed=0), []
+    surprise = results.critic.surprise
+    monkeypatch.setattr(results.critic, "surprise", lambda *part: measured.append(1) or surprise(*part))
+    first = made.measure(made.decoded["test"])
+    assert not measured  # The real slices have the same codes.
+    other = replace(made.samples()["test"], codes=[codes[::-1] for codes in made.samples()["test"].codes])
+    assert made.measure(other)["critic_auc"] != first["critic_auc"]
+    assert measured
+
+
+def test_the_compared_slices_are_limited_to_whole_subjects():
+    slices = some_slices(range(5), (5, 7, 9))
+    chosen = {limit: comparison.choose_subjects(slices, limit, seed=1) for limit in (1, 7, 11, 100)}
+    assert [len(index) for index in chosen.values()] == [3, 6, 9, 15]
+    for index in chosen.values():
+        assert all(np.sum(slices.subjects[index] == name) == 3 for name in set(slices.subjects[index]))
+        assert set(index) <= set(chosen[100])
+    assert set(chosen[7]) < set(chosen[11])
+    assert not np.array_equal(chosen[7], comparison.choose_subjects(slices, 7, seed=3))
+
+
+def test_classifiers_may_read_more_training_slices_than_are_compared(monkeypatch):
+    monkeypatch.setattr(comparison, "CLASSIFIER_SLICES", 9)
+    slices = {split: some_slices(range(5), (5, 7, 9)) for split in SPLITS}
+    for limit, (few, many) in {7: (6, 9), 12: (12, 12)}.items():
+        compared, classified = comparison.choose_slices(slices, limit, seed=1)
+        assert {split: len(index) for split, index in compared.items()} == dict.fromkeys(SPLITS, few)
+        assert {split: len(index) for split, index in classified.items()} == {
+            **dict.fromkeys(SPLITS, few),
+            "train": many,
+        }
+        assert set(compared["train"]) <= set(classified["train"])
+
+
 # ----------------------------------------------------------------------------------------------- controls
 
 
@@ -255,7 +323,8 @@ def labelled_part(positions_of: dict[str, Sequence[int]], levels: Sequence[int] 
     positions = np.array([position for positions in positions_of.values() for position in positions])
     index = np.arange(len(positions))
     codes = [np.tile(index[:, None, None], (1, grid, grid)) for grid in levels]
-    return Part(np.zeros((len(index), 8, 8, 1), np.uint8), codes, positions, subjects)
+    images = np.zeros((len(index), 8, 8, 1), np.uint8)
+    return Part(images, codes, positions, subjects, images)
 
 
 def test_each_block_is_of_another_subject_at_the_same_position():

@@ -35,7 +35,8 @@ def noisy(brains) -> np.ndarray:
 
 def measured(originals, reconstructions) -> dict:
     count = len(originals)
-    return metrics.reconstruction_metrics(Slices(originals, POSITIONS[:count], SUBJECTS[:count]), reconstructions)
+    slices = Slices(originals, POSITIONS[:count], SUBJECTS[:count])
+    return metrics.reconstruction_metrics(slices, reconstructions, metrics.metrics_by_slice(originals, reconstructions))
 
 
 # ------------------------------------------------------------------------------------ reconstructions
@@ -222,7 +223,7 @@ def make_results(
         "reconstructions": reconstructions,
         "compared": {split: np.arange(len(some)) for split, some in slices.items()},
     }
-    rest = ("critic", "samples", "compared_samples", "sampling", "history", "numbers")
+    rest = ("critic", "samples", "classified", "compared_samples", "sampling", "history", "numbers")
     return Results(**dict.fromkeys(rest), **(fields | changes))
 
 
@@ -235,15 +236,19 @@ def results(brains, noisy) -> Results:
     return make_results(images, decoded, [codes], StubGenerator(math.log(2)))
 
 
+def code_and_prior_metrics(results: Results) -> dict:
+    return metrics.code_and_prior_metrics(results, metrics.nats_by_split(results))
+
+
 def test_code_and_prior_metrics_of_one_level(results):
-    numbers = metrics.code_and_prior_metrics(results)
+    numbers = code_and_prior_metrics(results)
     assert numbers["prior_nats_per_code"] == pytest.approx(math.log(2) + 1)  # The mean over the slices of each split.
     assert numbers["prior_nats_per_code_train"] == pytest.approx(math.log(2) + 2.5)
     assert numbers["prior_nats_per_code_validate"] == pytest.approx(math.log(2) + 5.5)
     assert numbers["prior_bits_per_image"] == pytest.approx(4 * (1 + 1 / math.log(2)))
     assert numbers["perplexity"] == metrics.code_metrics(results.codes["test"][0], 8)["perplexity"]
     chosen = {**results.compared, "train": np.array([0, 1]), "test": np.array([0])}
-    numbers = metrics.code_and_prior_metrics(replace(results, compared=chosen))
+    numbers = code_and_prior_metrics(replace(results, compared=chosen))
     assert numbers["prior_nats_per_code_train"] == pytest.approx(math.log(2) + 1.5)
     assert numbers["prior_nats_per_code"] == pytest.approx(math.log(2) + 1)  # The whole test split.
 
@@ -252,7 +257,7 @@ def test_code_and_prior_metrics_of_two_levels(results):
     zeros = {split: [0] * len(slices) for split, slices in results.slices.items()}
     generator = StubGenerator(math.log(2), math.log(4))
     codes = {split: [some_codes(zeros)[split], some_codes(zeros, grid=4)[split]] for split in results.slices}
-    numbers = metrics.code_and_prior_metrics(replace(results, generator=generator, codes=codes))
+    numbers = code_and_prior_metrics(replace(results, generator=generator, codes=codes))
     assert numbers["prior_bits_per_code"] == {"top": pytest.approx(1), "bottom": pytest.approx(2)}
     assert numbers["prior_nats_per_code_train"] == pytest.approx({"top": math.log(2), "bottom": math.log(4)})
     assert numbers["prior_bits_per_image_by_level"] == {"top": pytest.approx(4), "bottom": pytest.approx(32)}
@@ -386,10 +391,11 @@ def test_slices_that_are_whole_stay_as_they_are(results):
 
 def test_reconstructions_of_cropped_slices_are_measured_on_the_whole_frame(results):
     small = cropped(results, 80, 96)
-    numbers, rows = metrics.measure(small), metrics.slice_rows(small)
+    numbers, rows = metrics.measure(small)
     assert (numbers["crop"], numbers["frame_size"]) == (80, 96)
     whole = metrics.whole_slices(small)
-    expected = metrics.reconstruction_metrics(whole.slices["test"], whole.reconstructions["test"])
+    test, decoded = whole.slices["test"], whole.reconstructions["test"]
+    expected = metrics.reconstruction_metrics(test, decoded, metrics.metrics_by_slice(test.images, decoded))
     assert {name: numbers[name] for name in expected} == expected
     assert np.mean([row["ssim"] for row in rows]) == pytest.approx(numbers["ssim"])
     assert numbers["prior_bits_per_dimension"] == pytest.approx(numbers["prior_bits_per_image"] / 96**2)
@@ -399,7 +405,7 @@ def test_reconstructions_of_cropped_slices_are_measured_on_the_whole_frame(resul
 
 
 def test_measure_measures_the_test_split(results):
-    numbers = metrics.measure(results)
+    numbers, _ = metrics.measure(results)
     assert (numbers["test_slices"], numbers["test_subjects"]) == (8, 4)
     assert (numbers["crop"], numbers["frame_size"]) == (0, 96)
     values = metrics.metrics_by_slice(results.slices["test"].images, results.reconstructions["test"])
@@ -411,20 +417,20 @@ def test_measure_measures_the_test_split(results):
     pngs = metrics.file_bits(results.slices["test"].images, "PNG", optimize=True)
     assert numbers["png_bits_per_dimension"] == pytest.approx(pngs)
     other_codes = {**results.codes, "test": [results.codes["test"][0] + 1]}
-    other = metrics.measure(replace(results, codes=other_codes))
+    other, _ = metrics.measure(replace(results, codes=other_codes))
     assert other["prior_nats_per_code"] == pytest.approx(numbers["prior_nats_per_code"] + 1)
     assert other["prior_nats_per_code_train"] == numbers["prior_nats_per_code_train"]
 
 
 def test_slice_rows_average_to_the_numbers_of_the_test_split(results):
-    rows, numbers = metrics.slice_rows(results), metrics.measure(results)
+    numbers, rows = metrics.measure(results)
     assert [row["subject"] for row in rows] == SUBJECTS.tolist()
     assert [row["position"] for row in rows] == POSITIONS.tolist()
     for name in metrics.RECONSTRUCTION_METRICS:
         assert np.nanmean([row[name] for row in rows]) == pytest.approx(numbers[name])
     assert np.mean([row["nats"] for row in rows]) == pytest.approx(numbers["prior_bits_per_image"] * math.log(2))
     two_levels = {split: [codes[0], codes[0]] for split, codes in results.codes.items()}
-    rows = metrics.slice_rows(replace(results, codes=two_levels, generator=StubGenerator(1, 2)))
+    _, rows = metrics.measure(replace(results, codes=two_levels, generator=StubGenerator(1, 2)))
     assert rows[0]["bottom_nats"] == rows[0]["top_nats"] + 4  # One more nat for each of four codes.
 
 
