@@ -21,7 +21,7 @@ from dataset import Slices
 from generator import Results
 from pngs import BRAIN_THRESHOLD
 
-CLASSIFIER_SLICES = 3000  # Training slices that classifiers read at most, unless more are compared one by one.
+TRAINING_SLICES = 3000  # Training slices that samples are compared with at most, unless more are asked for.
 NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
 BLUR_SIGMA = 1.0  # Standard deviation of the Gaussian in pixels.
 NOISE_SIGMA = 0.05  # Standard deviation of the noise, on the [0, 1] scale.
@@ -77,10 +77,9 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
         seed: Seed of the pairs, the classifiers, the controls and the draws of other subjects.
 
     Returns:
-        Six dictionaries:
+        Five dictionaries:
 
-        - compared_slices, classified_slices: for each split, the number of real slices that are compared with samples
-          one by one, and the number of those that classifiers read.
+        - compared_slices: for each split, the number of real slices that are compared with samples.
         - samples: the numbers of `Comparison.measure` and `Comparison.measure_copies`; accuracies of classifiers
           against real slices (c2st_real), of codes against codes of real slices (c2st_codes), and of what the VQ-VAE
           decodes from them against reconstructions (c2st_reconstructions); `count`, the number of samples; and
@@ -121,7 +120,6 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
         }
     return {
         "compared_slices": {split: len(index) for split, index in results.compared.items()},
-        "classified_slices": {split: len(index) for split, index in results.classified.items()},
         "samples": sampled,
         "references": {
             **measured,
@@ -140,9 +138,9 @@ class Comparison:
         results, seed: See `compare`.
 
     Attributes:
-        real: The real slices that classifiers read.
+        real: The real slices.
         decoded: Their reconstructions.
-        train: Those real training slices that are compared with others one by one.
+        train: Those of the training subjects.
         pairs: (P, 2) indices of test slices at the same position that show different subjects.
     """
 
@@ -150,13 +148,12 @@ class Comparison:
         self.results, self.seed = results, seed
         self.real, self.decoded = {}, {}
         for split, slices in results.slices.items():
-            index = results.classified[split]
+            index = results.compared[split]
             codes = [indices[index] for indices in results.codes[split]]
             images, decoded = to_display_uint8(slices.images[index]), self._decode(codes)
             self.real[split] = Part(images, codes, slices.positions[index], slices.subjects[index], decoded)
             self.decoded[split] = replace(self.real[split], images=decoded)
-        test, compared = self.real["test"], np.isin(results.classified["train"], results.compared["train"])
-        self.train = self.real["train"].take(np.flatnonzero(compared))
+        self.train, test = self.real["train"], self.real["test"]
         self.pairs = random_pairs(test.positions, test.subjects, seed)
         self.whiten = two_sample.whitening(two_sample.random_features(self.train.images))
         self.features = self._features(test.images)
@@ -174,7 +171,7 @@ class Comparison:
     # ------------------------------------------------------------------------------------------- sets
 
     def samples(self) -> ImageSet:
-        """The generated slices, one at the position of each slice that classifiers read."""
+        """The generated slices, one at the position of each compared slice."""
         return {
             split: self._fakes(
                 to_display_uint8(samples.images), samples.codes, samples.positions, self._decode(samples.codes)
@@ -509,25 +506,23 @@ def to_display_uint8(images: np.ndarray) -> np.ndarray:
     return np.where(images > BRAIN_THRESHOLD * 255, images, np.uint8(0))
 
 
-def choose_slices(
-    slices: dict[str, Slices], max_compared: int, seed: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Choose the slices of each split that are compared with samples one by one, and those that classifiers read.
+def choose_slices(slices: dict[str, Slices], max_slices: int, seed: int) -> dict[str, np.ndarray]:
+    """Choose the slices of each split that are compared with samples.
 
-    Comparing all pairs costs the square of the number of slices, on the training side, too. A classifier costs the same
-    for each slice and needs many to be trained on, so it may read more training slices, at most `CLASSIFIER_SLICES`.
+    Comparing all pairs of slices costs the square of their number, so validation and test slices are limited. Of the
+    training slices there may be more, up to `TRAINING_SLICES`: classifiers need many to learn from, and copies are
+    searched for among them.
 
     Args:
         slices: All slices, by split.
-        max_compared: Number of slices of each split that are compared at most; see `choose_subjects`.
+        max_slices: Largest number of slices of a split; see `choose_subjects`.
         seed: Determines the subjects.
 
     Returns:
-        `Results.compared` and `Results.classified`. The former are among the latter.
+        Indices of the slices, by split.
     """
-    compared = {split: choose_subjects(some, max_compared, seed) for split, some in slices.items()}
-    training = choose_subjects(slices["train"], max(max_compared, CLASSIFIER_SLICES), seed)
-    return compared, compared | {"train": training}
+    limits = {"train": max(max_slices, TRAINING_SLICES)}
+    return {split: choose_subjects(some, limits.get(split, max_slices), seed) for split, some in slices.items()}
 
 
 def choose_subjects(slices: Slices, max_slices: int, seed: int) -> np.ndarray:

@@ -73,7 +73,7 @@ class Config:
     decoder_channels: int = 64  # of the sharp decoder's finest resolution; coarser ones have up to twice as many
 
     num_samples: int = 20  # number of generated slices in samples/
-    measured_slices: int = 1000  # maximum number of slices of each split that are compared one by one with samples
+    measured_slices: int = 1000  # maximum number of validation and test slices that are compared with samples
     sharp_samples: bool = True  # decode samples with the sharp decoder
     sample_positions: tuple[int, ...] = ()  # slice positions to generate, in turn; none: as in the training data
     temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
@@ -246,9 +246,9 @@ def make_results(
     config: Config, run: Run, generator: Generator, critic: Generator, codes: Codes, slices: Slices
 ) -> tuple[Results, list[str]]:
     """Draw all samples. Returns what the run has made so far, and what determines it, for `Run.make`."""
-    compared, classified = comparison.choose_slices(slices, config.measured_slices, config.seed)
+    compared = comparison.choose_slices(slices, config.measured_slices, config.seed)
     made_from = ["slices", "sampling", *(f"{name}.keras" for name in stages.names(config))]
-    positions = {f"{split}_codes": slices[split].positions[index] for split, index in classified.items()}
+    positions = {f"{split}_codes": slices[split].positions[index] for split, index in compared.items()}
     positions["codes"] = sample_positions(config, slices)
     arguments = options.sampling_arguments(config)
     samples = {
@@ -265,8 +265,7 @@ def make_results(
         reconstructions={split: generator.decode(codes[split]) for split in ("validate", "test")},
         samples=samples["codes"],
         compared=compared,
-        classified=classified,
-        compared_samples={split: samples[f"{split}_codes"] for split in classified},
+        compared_samples={split: samples[f"{split}_codes"] for split in compared},
         sampling=arguments,
         history=run.history,
         numbers={},

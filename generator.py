@@ -447,10 +447,8 @@ class Results:
         sharp_reconstructions: The same of the test split by the sharp decoder, None if there is none.
         critic: The VQ-VAE with other priors, which were trained independently of the generator's.
         samples: The samples that are saved as pictures.
-        compared: Indices of the slices of each split that are compared with samples, one by one.
-        classified: Indices of the slices of each split that classifiers read: those of `compared`, and more training
-            slices.
-        compared_samples: One sample at the position of each classified slice, by split.
+        compared: Indices of the slices of each split that are compared with samples.
+        compared_samples: One sample at the position of each of these slices, by split.
         sampling: How samples are drawn: keyword arguments of `Generator.sample` other than the positions.
         history: Rows of history.csv.
         numbers: Content of metrics.json; empty until the metrics are computed.
@@ -464,7 +462,6 @@ class Results:
     critic: Generator
     samples: Samples
     compared: dict[str, np.ndarray]
-    classified: dict[str, np.ndarray]
     compared_samples: dict[str, Samples]
     sampling: dict[str, Any]
     history: list[dict[str, Any]]

@@ -205,7 +205,7 @@ class VelocityNetwork(keras.Model):
         self.downs = [
             keras.layers.Conv2D(width, **convolution, strides=2, name=f"down_{i}") for i, width in enumerate(widths[1:])
         ]
-        self.attention = GridAttention(name="attention")
+        self.attention = GridAttention(widths[-1], name="attention")
         self.middle = TimedBlock(widths[-1], name="middle")
         self.ups = [keras.layers.Conv2D(width, **convolution, name=f"up_{i}") for i, width in enumerate(widths[:-1])]
         self.enlarge = keras.layers.UpSampling2D(name="enlarge")
@@ -298,17 +298,21 @@ class TimedBlock(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GridAttention(keras.layers.Layer):
-    """Multi-head self-attention between all cells of a grid (Vaswani et al. 2017), with a residual connection."""
+    """Multi-head self-attention between all cells of a grid (Vaswani et al. 2017), with a residual connection.
 
-    def build(self, features_shape: Shape) -> None:
-        filters = features_shape[-1]
-        self.num_heads = max(1, filters // HEAD_SIZE)
+    Args:
+        filters: Number of channels of input and output.
+    """
+
+    def __init__(self, filters: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        num_heads = max(1, filters // HEAD_SIZE)
         self.norm = keras.layers.RMSNormalization(name="norm")
-        self.attention = keras.layers.MultiHeadAttention(self.num_heads, filters // self.num_heads, name="attention")
+        self.attention = keras.layers.MultiHeadAttention(num_heads, filters // num_heads, name="attention")
         self.out = keras.layers.Dense(filters, kernel_initializer="zeros", name="out")
 
     def call(self, features: Tensor) -> Tensor:
-        """(B, h, w, C) -> the same shape."""
+        """(B, h, w, filters) -> the same shape."""
         _, height, width, filters = features.shape
         cells = ops.reshape(self.norm(features), (-1, height * width, filters))
         found = self.attention(cells, cells)

@@ -159,12 +159,12 @@ def measure_comparison(test: int, train: int) -> dict[str, float]:
     codes = {
         split: [random.integers(0, config.num_embeddings, (count, *shape), np.int32)] for split, count in counts.items()
     }
-    compared, classified = comparison.choose_slices(slices, config.measured_slices, seed=0)
+    compared = comparison.choose_slices(slices, config.measured_slices, seed=0)
     samples = {
         split: Samples(
             random.random((len(index), 96, 96, 1), np.float32), [codes[split][0][index]], slices[split].positions[index]
         )
-        for split, index in classified.items()
+        for split, index in compared.items()
     }
     results = Results(
         generator=generator,
@@ -174,7 +174,6 @@ def measure_comparison(test: int, train: int) -> dict[str, float]:
         reconstructions={},
         samples=samples["test"],
         compared=compared,
-        classified=classified,
         compared_samples=samples,
         sampling={},
         history=[],

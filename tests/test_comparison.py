@@ -69,7 +69,6 @@ def make_results(
         critic=critic,
         samples=compared_samples["test"],
         compared={split: np.arange(len(some)) for split, some in slices.items()},
-        classified={split: np.arange(len(some)) for split, some in slices.items()},
         compared_samples=compared_samples,
         sampling={"seed": 1},
         history=[],
@@ -114,10 +113,8 @@ def shown(images: np.ndarray) -> np.ndarray:
 
 def test_compare_returns_the_documented_numbers(compared):
     numbers, _ = compared
-    sizes = {"compared_slices", "classified_slices"}
-    assert set(numbers) == {"samples", "references", "controls", "failed_controls"} | sizes
-    for name in sizes:
-        assert numbers[name] == {"train": 24, "validate": 12, "test": 18}
+    assert set(numbers) == {"compared_slices", "samples", "references", "controls", "failed_controls"}
+    assert numbers["compared_slices"] == {"train": 24, "validate": 12, "test": 18}
     assert set(numbers["samples"]) == MEASURED | SETS | COPIES | {"count", "nearest_to_training"}
     assert numbers["samples"]["count"] == 18
     assert set(numbers["references"]) == {"reconstructions", "other_subjects", "real_ms_ssim_of_pairs"}
@@ -178,7 +175,7 @@ def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
 
 def test_only_the_chosen_slices_are_compared(results):
     chosen = {split: np.flatnonzero(some.subjects != some.subjects[0]) for split, some in results.slices.items()}
-    made = Comparison(replace(results, compared=chosen, classified=chosen), seed=0)
+    made = Comparison(replace(results, compared=chosen), seed=0)
     for split, some in results.slices.items():
         assert np.array_equal(made.real[split].images, shown(some.images[chosen[split]]))
         assert np.array_equal(made.real[split].subjects, some.subjects[chosen[split]])
@@ -250,19 +247,6 @@ def test_two_levels_are_compared():
     assert [tuple(tensor.shape) for tensor in made._code_classifier.inputs] == [(None, 4, 4), (None, 8, 8)]
 
 
-def test_classifiers_read_more_training_slices_than_are_compared_one_by_one(results, compared):
-    few = np.flatnonzero(np.isin(results.slices["train"].subjects, ["case_01", "case_06"]))
-    numbers, tests = compare(replace(results, compared={**results.compared, "train": few}))
-    assert numbers["compared_slices"]["train"] == len(few) == 6
-    assert numbers["classified_slices"]["train"] == 24
-    for call, unlimited in zip(tests, compared[1], strict=True):
-        if "train" in call.second:
-            assert len(call.first["train"][0]) == len(unlimited.first["train"][0])
-    assert {row["train_index"] for row in numbers["samples"]["nearest_to_training"]} <= set(few)
-    rate = numbers["controls"]["decoded_training_codes"]["near_duplicate_rate_codes"]
-    assert rate == 1  # The copies are of slices that they are compared with.
-
-
 def test_nothing_but_classifiers_pairs_more_slices_than_are_compared(results, monkeypatch):
     few = np.flatnonzero(np.isin(results.slices["train"].subjects, ["case_01", "case_06"]))
     sizes = []
@@ -301,17 +285,12 @@ def test_the_compared_slices_are_limited_to_whole_subjects():
     assert not np.array_equal(chosen[7], comparison.choose_subjects(slices, 7, seed=3))
 
 
-def test_classifiers_may_read_more_training_slices_than_are_compared(monkeypatch):
-    monkeypatch.setattr(comparison, "CLASSIFIER_SLICES", 9)
+def test_training_slices_have_a_limit_of_their_own(monkeypatch):
+    monkeypatch.setattr(comparison, "TRAINING_SLICES", 9)
     slices = {split: some_slices(range(5), (5, 7, 9)) for split in SPLITS}
     for limit, (few, many) in {7: (6, 9), 12: (12, 12)}.items():
-        compared, classified = comparison.choose_slices(slices, limit, seed=1)
-        assert {split: len(index) for split, index in compared.items()} == dict.fromkeys(SPLITS, few)
-        assert {split: len(index) for split, index in classified.items()} == {
-            **dict.fromkeys(SPLITS, few),
-            "train": many,
-        }
-        assert set(compared["train"]) <= set(classified["train"])
+        chosen = comparison.choose_slices(slices, limit, seed=1)
+        assert {split: len(index) for split, index in chosen.items()} == {**dict.fromkeys(SPLITS, few), "train": many}
 
 
 # ----------------------------------------------------------------------------------------------- controls

@@ -223,7 +223,7 @@ def make_results(
         "reconstructions": reconstructions,
         "compared": {split: np.arange(len(some)) for split, some in slices.items()},
     }
-    rest = ("critic", "samples", "classified", "compared_samples", "sampling", "history", "numbers")
+    rest = ("critic", "samples", "compared_samples", "sampling", "history", "numbers")
     return Results(**dict.fromkeys(rest), **(fields | changes))
 
 

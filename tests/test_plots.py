@@ -152,7 +152,6 @@ def make_results(num_levels: int, is_sharp: bool = False, note: str = "") -> Res
         critic=None,
         samples=samples,
         compared=dict.fromkeys(("train", "validate", "test"), POSITIONS),
-        classified=dict.fromkeys(("train", "validate", "test"), POSITIONS),
         compared_samples=dict.fromkeys(("train", "validate", "test"), samples),
         sampling={"seed": 7, "temperature": 0.9, "top_k": 3, "top_p": 0.8},
         history=[{"stage": stage, **row} for stage in stages for row in HISTORY],

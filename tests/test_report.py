@@ -53,8 +53,7 @@ MEASURES = tuple(comparison.failed_controls(test_comparison.GOOD_CONTROLS, test_
 NUMBERS = {
     "test_slices": 24,
     "test_subjects": 6,
-    "compared_slices": {"train": 984, "validate": 24, "test": 24},
-    "classified_slices": {"train": 2880, "validate": 24, "test": 24},
+    "compared_slices": {"train": 2880, "validate": 24, "test": 24},
     "crop": 192,
     "frame_size": 128,
     **ROW,
