@@ -67,7 +67,7 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
-    decoder_epochs: int = 16  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
+    decoder_epochs: int = 12  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
     decoder_batch_size: int = 8  # slices per training step of the sharp decoder
     decoder_learning_rate: float = 1e-3  # peak, as above
     decoder_channels: int = 64  # of the sharp decoder's finest resolution; coarser ones have up to twice as many
