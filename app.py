@@ -478,7 +478,7 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
         def _is_ours(self) -> bool:
             """Whether the request is made to this address, by this page. Other sites must not reach it."""
             asked, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-            if is_own(asked, host, self.server.server_port) and origin in (None, f"http://{asked}"):
+            if is_own(asked, host, server.server_port) and origin in (None, f"http://{asked}"):
                 return True
             self.close_connection = True
             self._refuse(403, "open the page at the address that app.py has printed")
@@ -527,10 +527,11 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
             """Print nothing for each request."""
 
     try:
-        return Server((host, port), Handler)
+        server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise console.UserError(f"--port {port}: cannot listen on {host} ({reason}); choose another --port") from error
+    return server
 
 
 def is_own(asked: str, host: str, port: int) -> bool:
