@@ -15,7 +15,10 @@ console.import_tensorflow()
 import base64
 import csv
 import io
+import ipaddress
 import json
+import secrets
+import socket
 import sys
 import tempfile
 import threading
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import nibabel as nib
 import numpy as np
 import tyro
 from PIL import Image
@@ -40,10 +44,13 @@ from generator import Generator
 PAGE = Path(__file__).with_name("app.html")
 WEIGHTS = Path(__file__).with_name("weights") / "oasis96"  # A compact copy of a run; see generate.py.
 LOCAL = ("127.0.0.1", "localhost")
+ANY = ("0.0.0.0", "")  # All addresses of the machine.
 MAX_BODY = 128 * 2**20  # bytes of a request: a compressed volume with 1 mm voxels has about 10 MB
 MAX_IMAGES = 48  # per request
-MAX_SEED = 2**32 - 1
+NUM_SEEDS = 2**32
 MAX_VOLUMES = 4  # that are kept in memory
+MAX_BITS = 12  # per code, of the brightest colour of a map
+FRAME_MS = 120  # of a film
 BUSY = 2  # requests that compute at the same time; others wait
 
 
@@ -76,8 +83,9 @@ class Studio:
     """
 
     def __init__(self, generator: Generator, name: str, unseen_bits: np.ndarray) -> None:
-        self.generator, self.name, self.unseen_bits = generator, name, np.sort(unseen_bits)
+        self.generator, self.name, self.unseen_bits = generator.compiled(), name, np.sort(unseen_bits)
         self.volumes: dict[str, oasis.Volume] = {}
+        self.opening = threading.Lock()
         self.tools: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "draw": self.draw,
             "redraw": self.redraw,
@@ -100,6 +108,7 @@ class Studio:
     def info(self) -> dict[str, Any]:
         """What the page needs to know about the run."""
         vqvae = self.generator.vqvae
+        counts, edges = np.histogram(self.unseen_bits, bins=24) if len(self.unseen_bits) else ([], [])
         return {
             "name": self.name,
             "size": vqvae.image_size,
@@ -108,28 +117,35 @@ class Studio:
             "codes": self.generator.num_embeddings,
             "positions": self.generator.positions.tolist(),
             "sharp": self.generator.decoder is not None,
+            "levels": list(self.generator.level_names),
+            "drafts": editing.NUM_CANDIDATES,
             "max_images": MAX_IMAGES,
+            "max_bits": MAX_BITS,
+            "unseen": {"counts": np.asarray(counts).tolist(), "edges": np.asarray(edges).tolist()},
         }
+
+    def prepare(self) -> None:
+        """Draw some brains, which compiles the networks, so that the first request does not wait for it."""
+        request = {"position": int(self.generator.positions[0]), "seed": 0, "temperature": 1.0}
+        for count, top_p in ((1, 1.0), (2, 1.0), (2, 0.9)):  # The second number compiles the sampler for any number.
+            self.draw(request | {"count": count, "top_p": top_p})
 
     def draw(self, request: dict[str, Any]) -> dict[str, Any]:
         """Draw new brains at a position."""
         position, count, seed = self._position(request), _integer(request, "count", 1, MAX_IMAGES), _seed(request)
         codes = self.generator.sample_codes([position] * count, seed, **_limits(request))
-        return {"brains": self._brains(codes, position, seed)}
+        seeds = _consecutive(seed, count)
+        return {"brains": _describe(codes, position, seeds, self._images(codes, seeds))}
 
     def redraw(self, request: dict[str, Any]) -> dict[str, Any]:
         """Draw the codes of a brain with other noise. Also returns the standard deviation of each pixel as a map."""
-        brain, count = self._brain(request, "brain"), _integer(request, "count", 1, MAX_IMAGES)
+        brain, count, seed = self._brain(request, "brain"), _integer(request, "count", 1, MAX_IMAGES), _seed(request)
         codes = [np.repeat(level, count, axis=0) for level in brain["codes"]]
-        seed = _seed(request)
-        images = np.concatenate(
-            [self.generator.draw([level[i : i + 1] for level in codes], (seed + i) % MAX_SEED) for i in range(count)]
-        )
-        brains = [
-            _describe([level[0] for level in brain["codes"]], brain["position"], (seed + i) % MAX_SEED, image)
-            for i, image in enumerate(images)
-        ]
-        return {"brains": brains, "deviation": _map_url(images.std(axis=0)[..., 0], 0.1)}
+        images = self._images(codes, seeds := _consecutive(seed, count))
+        return {
+            "brains": _describe(codes, brain["position"], seeds, images),
+            "deviation": _map_url(images.std(axis=0)[..., 0], 0.1),
+        }
 
     def vary(self, request: dict[str, Any]) -> dict[str, Any]:
         """Sample the codes of a region of a brain again."""
@@ -137,8 +153,9 @@ class Studio:
         count = _integer(request, "count", 1, MAX_IMAGES)
         limits = _limits(request)
         codes = editing.complete_codes(self.generator, brain["codes"], kept, brain["position"], count, seed, **limits)
+        seeds = [brain["noise"]] * count
         return {
-            "brains": self._brains(codes, brain["position"], brain["noise"], is_common=True),
+            "brains": _describe(codes, brain["position"], seeds, self._images(codes, seeds)),
             "exact": editing.is_exact(self.generator, kept),
         }
 
@@ -155,14 +172,15 @@ class Studio:
         first, second = self._brain(request, "first"), self._brain(request, "second")
         steps = _integer(request, "steps", 2, MAX_IMAGES)
         images = self.generator.walk(first["codes"], second["codes"], steps, first["noise"])
-        return {"images": [_image_url(image) for image in images]}
+        return {"images": [_image_url(image) for image in images], "film": _film_url(images)}
 
     def positions(self, request: dict[str, Any]) -> dict[str, Any]:
         """Draw a brain at every slice position with the same random numbers."""
         positions, seed = self.generator.positions, _seed(request)
         codes = self.generator.sample_codes(positions, seed, **_limits(request), is_common=True)
         images = self.generator.draw(codes, seed, is_common=True)
-        return {"images": [_image_url(image) for image in images], "positions": positions.tolist()}
+        urls = [_image_url(image) for image in images]
+        return {"images": urls, "positions": positions.tolist(), "film": _film_url(images)}
 
     def slice(self, request: dict[str, Any]) -> dict[str, Any]:
         """Reconstruct an image, and say where its codes are improbable.
@@ -170,25 +188,24 @@ class Studio:
         If the request has no position, the one is used at which the codes are most probable.
         """
         image = self._image(request)
-        codes = self.generator.encode(image[None])
-        if request.get("position") is None:
-            every = [self.generator.bits_of_codes(codes, [position])[0] for position in self.generator.positions]
-            position = int(self.generator.positions[int(np.argmin(every))])
-        else:
-            position = self._position(request)
-        by_level = self.generator.nats_of_codes(codes, [position])
-        bits = sum(level.sum() for level in by_level) / np.log(2)
-        size = self.generator.vqvae.image_size
-        nats = sum(np.kron(level[0], np.ones((size // len(level[0]),) * 2)) for level in by_level)
+        if image.max() <= pngs.BRAIN_THRESHOLD:
+            raise BadRequest("the slice shows no brain: choose another height or another file")
+        codes, positions = self.generator.encode(image[None]), self.generator.positions
+        if request.get("position") is not None:
+            positions = np.array([self._position(request)])
+        repeated = [np.repeat(level, len(positions), axis=0) for level in codes]
+        nats = self.generator.nats_of_codes(repeated, positions)  # (positions, h, w) per level
+        totals = sum(level.sum(axis=(1, 2)) for level in nats) / np.log(2)
+        best = int(np.argmin(totals))
         decoded = self.generator.decode(codes)[0]
-        below = np.searchsorted(self.unseen_bits, bits) / max(len(self.unseen_bits), 1)
+        below = np.searchsorted(self.unseen_bits, totals[best]) / max(len(self.unseen_bits), 1)
         return {
-            "brain": _describe([level[0] for level in codes], position, 0, self.generator.draw(codes)[0]),
+            "brain": _describe(codes, int(positions[best]), [0], self._images(codes, [0]))[0],
             "original": _image_url(image),
             "faithful": _image_url(decoded),
             "error": _map_url(np.abs(decoded - image)[..., 0], 0.3),
-            "bits_map": _map_url(nats / np.log(2), 12 * len(by_level)),
-            "bits": float(bits),
+            "bits_maps": [_map_url(self._enlarged(level[best]) / np.log(2), MAX_BITS) for level in nats],
+            "bits": float(totals[best]),
             "mean_error": float(np.abs(decoded - image).mean()),
             "fraction_below": float(below) if len(self.unseen_bits) else None,
             "unseen": len(self.unseen_bits),
@@ -206,7 +223,7 @@ class Studio:
 
         Returns:
             `image`, a PNG as a data URL, with its slice position if the file's name says it; or `volume`, a key for the
-            requests that follow.
+            requests that follow, and whether its header says where its axes point.
         """
         if orientation and not oasis.is_orientation(orientation.upper()):
             raise BadRequest(f"orientation is {orientation}: must be three letters such as LIA, one for each axis")
@@ -218,18 +235,21 @@ class Studio:
                 raise BadRequest(f"{name}: Analyze volumes consist of two files; convert them to NIfTI first")
             path = Path(folder) / f"file{suffix}"
             path.write_bytes(content)
+            size, crop = self.generator.vqvae.image_size, self.generator.crop
             try:
                 if suffix == ".png":
-                    grey = pngs.decode(path, self.generator.vqvae.image_size, self.generator.crop).grey
-                    return {"image": _image_url(dataset.to_float(grey)[..., None]), "position": self._position_of(name)}
+                    grey = pngs.decode(path, size, crop).grey
+                    return {"image": _url(Image.fromarray(grey)), "position": self._position_of(name)}
                 volume = oasis.read_volume(path, name, orientation.upper() or None)
+                is_oriented = bool(orientation) or _is_oriented(path)
             except console.UserError as error:
                 raise BadRequest(str(error).replace(str(path), name)) from error
-        while len(self.volumes) >= MAX_VOLUMES:
-            del self.volumes[next(iter(self.volumes))]
-        key = base64.urlsafe_b64encode(np.random.default_rng().bytes(12)).decode()
-        self.volumes[key] = volume
-        return {"volume": key}
+        key = secrets.token_urlsafe(12)
+        with self.opening:
+            while len(self.volumes) >= MAX_VOLUMES:
+                del self.volumes[next(iter(self.volumes))]
+            self.volumes[key] = volume
+        return {"volume": key, "is_oriented": is_oriented}
 
     def _position_of(self, name: str) -> int | None:
         position = naming.slice_position(name)
@@ -250,16 +270,18 @@ class Studio:
             raise BadRequest(f"{key} is missing: draw or open a brain first")
         codes, grids = brain["codes"], self.generator.vqvae.grids
         try:
-            arrays = [np.array(level, dtype=np.int64) for level in codes]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise BadRequest(f"{key} has codes that are not whole numbers") from error
+            arrays = [np.array(level) for level in codes]
+        except ValueError as error:
+            raise BadRequest(f"{key} has codes of another shape than {self.name} uses") from error
+        if any(array.dtype.kind not in "iu" for array in arrays):
+            raise BadRequest(f"{key} has codes that are not whole numbers")
         if [array.shape for array in arrays] != [(grid, grid) for grid in grids]:
             raise BadRequest(f"{key} has codes of another shape than {self.name} uses")
         if any(array.min() < 0 or array.max() >= self.generator.num_embeddings for array in arrays):
             raise BadRequest(f"{key} has codes outside of 0 to {self.generator.num_embeddings - 1}")
         return {
             "codes": [array.astype(np.int32)[None] for array in arrays],
-            "noise": _integer(brain, "noise", 0, MAX_SEED),
+            "noise": _integer(brain, "noise", 0, NUM_SEEDS - 1),
             "position": self._position(brain),
         }
 
@@ -284,13 +306,19 @@ class Studio:
         url, size = request.get("image"), self.generator.vqvae.image_size
         if not isinstance(url, str) or not url.startswith("data:image/png;base64,"):
             raise BadRequest("image is missing: choose a slice first")
-        try:
-            with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=("PNG",)) as png:
-                if png.size != (size, size):
-                    raise BadRequest(f"image has {png.width} × {png.height} pixels: must have {size} × {size}")
-                return dataset.to_float(np.asarray(png.convert("L")))[..., None]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BadRequest(f"image is not a PNG ({error})") from error
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "image.png"
+            try:
+                path.write_bytes(base64.b64decode(url.partition(",")[2]))
+                decoded = pngs.decode(path, size)
+            except console.UserError as error:
+                raise BadRequest(str(error).replace(str(path), "image")) from error
+            except ValueError as error:
+                raise BadRequest("image: is not base64") from error
+        if decoded.size != (size, size):
+            width, height = decoded.size
+            raise BadRequest(f"image: has {width} × {height} pixels, must have {size} × {size}")
+        return dataset.to_float(decoded.grey)[..., None]
 
     def _volume_slice(self, request: dict[str, Any]) -> np.ndarray:
         volume = self.volumes.get(str(request["volume"]))
@@ -304,18 +332,39 @@ class Studio:
             decoded = pngs.decode(path, self.generator.vqvae.image_size, self.generator.crop)
         return dataset.to_float(decoded.grey)[..., None]
 
-    def _brains(
-        self, codes: Sequence[np.ndarray], position: int, noise: int, is_common: bool = False
-    ) -> list[dict[str, Any]]:
-        """Draw and describe brains. Each of them has noise that its seed alone gives again."""
-        count = len(codes[0])
-        seeds = [noise if is_common else (noise + i) % MAX_SEED for i in range(count)]
-        images = [self.generator.draw([level[i : i + 1] for level in codes], seeds[i])[0] for i in range(count)]
-        return [_describe([level[i] for level in codes], position, seeds[i], images[i]) for i in range(count)]
+    def _images(self, codes: Sequence[np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+        """Draw codes (N, h, w) per level as images (N, H, W, 1), each with the noise that its seed alone gives."""
+        return np.concatenate(
+            [self.generator.draw([level[i : i + 1] for level in codes], seed) for i, seed in enumerate(seeds)]
+        )
+
+    def _enlarged(self, cells: np.ndarray) -> np.ndarray:
+        """Repeat the cells of a grid (h, w) to the size of an image (H, W)."""
+        side = self.generator.vqvae.image_size // len(cells)
+        return cells.repeat(side, axis=0).repeat(side, axis=1)
 
 
-def _describe(codes: Sequence[np.ndarray], position: int, noise: int, image: np.ndarray) -> dict[str, Any]:
-    return {"codes": [c.tolist() for c in codes], "position": position, "noise": noise, "image": _image_url(image)}
+def _consecutive(seed: int, count: int) -> list[int]:
+    """`count` seeds, the first one being `seed`."""
+    return [(seed + i) % NUM_SEEDS for i in range(count)]
+
+
+def _describe(
+    codes: Sequence[np.ndarray], position: int, seeds: Sequence[int], images: np.ndarray
+) -> list[dict[str, Any]]:
+    """Brains, as the page gets them, of codes (N, h, w) per level, N seeds and images (N, H, W, 1)."""
+    return [
+        {"codes": [c[i].tolist() for c in codes], "position": position, "noise": seed, "image": _image_url(images[i])}
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def _is_oriented(path: Path) -> bool:
+    """Whether the header of a volume says where its axes point."""
+    image: Any = nib.load(path)
+    is_nifti = isinstance(image.header, nib.Nifti1Header)
+    says_nothing = is_nifti and image.header["sform_code"] == image.header["qform_code"] == 0
+    return not (says_nothing or np.array_equal(image.affine, np.eye(4)))
 
 
 def _integer(request: dict[str, Any], name: str, lowest: int, highest: int) -> int:
@@ -333,7 +382,7 @@ def _number(request: dict[str, Any], name: str, lowest: float, highest: float) -
 
 
 def _seed(request: dict[str, Any]) -> int:
-    return _integer(request, "seed", 0, MAX_SEED)
+    return _integer(request, "seed", 0, NUM_SEEDS - 1)
 
 
 def _limits(request: dict[str, Any]) -> dict[str, Any]:
@@ -345,7 +394,17 @@ def _limits(request: dict[str, Any]) -> dict[str, Any]:
 
 def _image_url(image: np.ndarray) -> str:
     """A grey image (H, W, 1) in [0, 1] as a PNG in a data URL."""
-    return _url(Image.fromarray((np.clip(image[..., 0], 0, 1) * 255).round().astype(np.uint8)))
+    return _url(_grey(image))
+
+
+def _film_url(images: np.ndarray) -> str:
+    """Grey images (N, H, W, 1) in [0, 1] as an animated PNG in a data URL: there, and back again."""
+    frames = [_grey(image) for image in [*images, *images[-2:0:-1]]]
+    return _url(frames[0], save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+
+
+def _grey(image: np.ndarray) -> Image.Image:
+    return Image.fromarray((np.clip(image[..., 0], 0, 1) * 255).round().astype(np.uint8))
 
 
 def _map_url(values: np.ndarray, brightest: float) -> str:
@@ -354,9 +413,9 @@ def _map_url(values: np.ndarray, brightest: float) -> str:
     return _url(Image.fromarray(colours[..., :3]))
 
 
-def _url(image: Image.Image) -> str:
+def _url(image: Image.Image, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", **options)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -370,6 +429,14 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
         UserError: The address or port cannot be used.
     """
     computing, page = threading.BoundedSemaphore(BUSY), PAGE.read_bytes()
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing if the page was closed before it got its answer."""
+            if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+                super().handle_error(request, client_address)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version, timeout = "HTTP/1.1", 60
@@ -402,17 +469,16 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
                 self._send_json(200, answer)
             except BadRequest as error:
                 self._refuse(400, str(error))
-            except (BrokenPipeError, ConnectionResetError, TimeoutError):
-                self.close_connection = True  # The page was closed.
+            except (ConnectionError, TimeoutError):
+                raise  # The page was closed.
             except Exception as error:  # The server must survive whatever a request makes fail.
                 console.warn(f"{self.path}: {type(error).__name__}: {error}")
                 self._refuse(500, "the server could not answer; see its output")
 
         def _is_ours(self) -> bool:
             """Whether the request is made to this address, by this page. Other sites must not reach it."""
-            own = {f"{name}:{server.server_port}" for name in (host, *LOCAL)}
-            origin = self.headers.get("Origin")
-            if self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own):
+            asked, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+            if is_own(asked, host, server.server_port) and origin in (None, f"http://{asked}"):
                 return True
             self.close_connection = True
             self._refuse(403, "open the page at the address that app.py has printed")
@@ -420,7 +486,7 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
 
         def _body(self) -> bytes:
             length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > MAX_BODY:
+            if not (length.isdecimal() and len(length) < 16 and int(length) <= MAX_BODY):
                 self.close_connection = True
                 raise BadRequest(f"the request is larger than {MAX_BODY // 2**20} MB, or does not say how large it is")
             return self.rfile.read(int(length))
@@ -428,9 +494,12 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
         def _file_name(self) -> str:
             """The name of an uploaded file, which the page sends as base64 because headers are not Unicode."""
             try:
-                return Path(base64.b64decode(self.headers.get("X-File-Name", "")).decode()).name
+                name = Path(base64.b64decode(self.headers.get("X-File-Name", "")).decode()).name
             except ValueError as error:
                 raise BadRequest("X-File-Name is not base64") from error
+            if not name:
+                raise BadRequest("X-File-Name is missing: send the name of the file as base64")
+            return name
 
         def _refuse(self, status: int, message: str) -> None:
             self._send_json(status, {"error": console.one_line(message)})
@@ -458,18 +527,41 @@ def make_server(studio: Studio, host: str, port: int) -> ThreadingHTTPServer:
             """Print nothing for each request."""
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise console.UserError(f"--port {port}: cannot listen on {host} ({reason}); choose another --port") from error
-    server.daemon_threads = True
     return server
+
+
+def is_own(asked: str, host: str, port: int) -> bool:
+    """Whether the Host header of a request names this server. If it did not matter, other sites could reach it.
+
+    Another site can let its own name point to this machine, but not an IP address. So a server that listens on all
+    addresses answers to each of them, and to the name of the machine.
+
+    Args:
+        asked: The header.
+        host: Address to listen on.
+        port: Port to listen on. Browsers leave out port 80.
+    """
+    name = asked.removesuffix(f":{port}")
+    if name == asked and port != 80:
+        return False
+    if name.lower() in (host.lower(), *LOCAL):
+        return True
+    if host not in ANY:
+        return False
+    try:
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return name.lower() == socket.gethostname().lower()
 
 
 def _parse(body: bytes) -> dict[str, Any]:
     try:
         request = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest("the request is not JSON") from error
     if not isinstance(request, dict):
         raise BadRequest("the request is not a JSON object")
@@ -482,9 +574,8 @@ def main(options: Options) -> None:
     server = make_server(studio, options.host, options.port)
     if options.host not in LOCAL:
         console.warn(f"--host {options.host}: everybody who can reach this address can use the page and this machine")
-    position = int(studio.generator.positions[len(studio.generator.positions) // 2])
-    for count in (1, 2):  # Compiles the sampler for any number of brains.
-        studio.draw({"position": position, "count": count, "seed": 0, "temperature": 1.0, "top_p": 1.0})
+    print(f"preparing {studio.name}", flush=True)
+    studio.prepare()
     with server:
         print(f"open http://{options.host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()

@@ -11,6 +11,7 @@ proportional to that of the later codes given it.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import ndimage
 
 import seeds
 from generator import Generator
@@ -102,8 +103,10 @@ def complete(
 ) -> np.ndarray:
     """Draw a region of a slice again, given the rest.
 
-    What the region shows is not used: its pixels are first replaced by those on the other side of the midline. If
-    that brings the kept codes nearer to the beginning, image and mask are mirrored, and the result is mirrored back.
+    What the region shows is not used. Codes depend on more than their own pixels, so the region is filled before the
+    slice is encoded: with the pixels on the other side of the midline, or, if those are hidden, too, with a draft,
+    for which the slice is completed once already. If that brings the kept codes nearer to the beginning, image and
+    mask are mirrored, and the result is mirrored back.
 
     Args:
         generator: The trained networks.
@@ -113,16 +116,29 @@ def complete(
     Returns:
         (count, H, W, 1) float32 in [0, 1]: the image itself where its codes are kept.
     """
-    hidden = np.where(kept[..., None], image, image[:, ::-1])
     mirrored = _unknown_before_kept(generator, kept[:, ::-1]) < _unknown_before_kept(generator, kept)
     step = -1 if mirrored else 1
-    codes = generator.encode(hidden[None, :, ::step])
-    mask = kept[:, ::step]
-    completed = complete_codes(generator, codes, mask, position, count, seed, temperature, top_k, top_p)
+    mask, limits = kept[:, ::step], (temperature, top_k, top_p)
+    filled, known = np.where(kept[..., None], image, image[:, ::-1]), kept | kept[:, ::-1]
+    if not known.all():
+        filled = _with_nearest(filled, known)
+        codes, draft_seed = generator.encode(filled[None, :, ::step]), seeds.number(seed, "draft of completions")
+        draft = generator.decode(complete_codes(generator, codes, mask, position, 1, draft_seed, *limits))
+        filled = np.where(known[..., None], filled, draft[0, :, ::step])
+    codes = generator.encode(filled[None, :, ::step])
+    completed = complete_codes(generator, codes, mask, position, count, seed, *limits)
     drawn = generator.draw(completed, seed, "completions")[:, :, ::step]
     finest = kept_cells(generator, kept)[-1]
     side = len(kept) // len(finest)
     return np.where(np.kron(finest, np.ones((side, side), bool))[..., None], image, drawn)
+
+
+def _with_nearest(image: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Replace the unknown pixels of an image (H, W, 1) by the nearest `known` ones, (H, W) bool; by 0 if none is."""
+    if not known.any():
+        return np.zeros_like(image)
+    rows, columns = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    return image[rows, columns]
 
 
 def _unknown_before_kept(generator: Generator, kept: np.ndarray) -> int:

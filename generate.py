@@ -123,6 +123,14 @@ def check(options: Options) -> None:
     given = [f"--{name}" for name in ("complete", "reconstruct", "compact", "export") if getattr(options, name)]
     if len(given) > 1:
         raise GenerateError(f"{' and '.join(given)}: give one of them only")
+    if options.complete and not options.complete.is_file():
+        raise GenerateError(f"--complete {options.complete}: no such file; give a PNG of a slice")
+    if options.complete and len(options.positions) > 1:
+        require("positions", False, "a single one with --complete, that of the slice")
+    for name in ("output", "compact", "export"):
+        path = getattr(options, name)
+        if path and options.run_dir.resolve() in (path.resolve(), *path.resolve().parents):
+            raise GenerateError(f"--{name} {path}: is in the run folder, which is only read; choose another place")
     if options.export:
         if options.export.suffix != ".onnx":
             raise GenerateError(f"--export {options.export}: must end in .onnx")

@@ -95,6 +95,14 @@ class Generator:
         vars(other).update(parts)
         return other
 
+    def compiled(self) -> "Generator":
+        """Return a copy whose `draw` and `walk` are compiled: several times as fast for single images.
+
+        The first image of each batch size takes some seconds. Images may differ from those of the original by rounding.
+        """
+        drawing = self.decoder or self.vqvae
+        return self.replace(_draw=sampling.compile_function(self._draw, drawing.variables))
+
     @property
     def level_names(self) -> tuple[str, ...]:
         """Names of the levels, the coarsest first: ("",) for a single level, ("top", "bottom") for two."""

@@ -6,7 +6,11 @@ import io
 import json
 import re
 import shutil
+import socket
+import struct
 import threading
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +48,7 @@ def port(studio) -> Iterator[int]:
 
 def send(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
     """Send a request; returns the status, and the answer's JSON or text."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, content, headers or {})
     response = connection.getresponse()
@@ -94,6 +98,8 @@ def test_the_page_loads_nothing_from_elsewhere(port):
     assert not re.search(r"https?://", page)
     status, info = send(port, "GET", "/api/info")
     assert (info["size"], info["grids"], info["positions"], info["sharp"]) == (32, [4], [0, 1, 2], True)
+    assert sum(info["unseen"]["counts"]) == 3
+    assert (info["unseen"]["edges"][0], info["unseen"]["edges"][-1]) == (10, 30)
 
 
 def test_brains_are_reproduced_by_their_seed(port, studio, brain):
@@ -104,6 +110,14 @@ def test_brains_are_reproduced_by_their_seed(port, studio, brain):
     assert np.array_equal(brain["codes"][0], codes[0][0])
     expected = (studio.generator.draw(codes, 5)[0, ..., 0] * 255).round()
     assert np.array_equal(pixels(brain["image"]), expected)
+    alone = post(port, "redraw", {"brain": plain(again[1]), "count": 1, "seed": again[1]["noise"]})[1]["brains"]
+    assert alone == again[1:]
+
+
+def test_the_last_seed_is_its_own(port, brain):
+    last = {"seed": app.NUM_SEEDS - 1}
+    brains = post(port, "draw", {"position": 1, "count": 2, **SETTINGS, **last})[1]["brains"]
+    assert [one["noise"] for one in brains] == [app.NUM_SEEDS - 1, 0]
 
 
 def test_the_same_codes_are_redrawn_with_other_noise(port, brain):
@@ -145,6 +159,9 @@ def test_films(port, brain):
     images = post(port, "walk", {"first": plain(brain), "second": plain(other), "steps": 4})[1]["images"]
     assert images[0] == brain["image"]
     assert len(set(images)) == 4
+    answer = post(port, "walk", {"first": plain(brain), "second": plain(other), "steps": 4})[1]
+    with Image.open(io.BytesIO(base64.b64decode(answer["film"].partition(",")[2]))) as film:
+        assert (film.n_frames, film.size) == (6, (32, 32))  # There and back again, without repeating the ends.
     answer = post(port, "positions", SETTINGS)[1]
     assert answer["positions"] == [0, 1, 2]
     assert len(answer["images"]) == 3
@@ -158,7 +175,7 @@ def test_a_png_is_reconstructed_and_its_position_found(port, studio):
     bits = studio.generator.bits_of_codes(codes, [2])[0]
     assert own["bits"] == pytest.approx(bits, rel=1e-5)
     assert own["fraction_below"] == pytest.approx(np.mean(np.array([10, 20, 30]) < bits))
-    assert pixels(own["error"]).shape == pixels(own["bits_map"]).shape == (32, 32, 3)
+    assert pixels(own["error"]).shape == pixels(own["bits_maps"][0]).shape == (32, 32, 3)
     found = post(port, "slice", {"image": opened["image"], "position": None})[1]
     every = [studio.generator.bits_of_codes(codes, [position])[0] for position in range(3)]
     assert found["brain"]["position"] == int(np.argmin(every))
@@ -175,15 +192,57 @@ def test_a_volume_is_cut_at_any_height(port, tmp_path):
     assert cuts[0] != cuts[1]
     status, _ = open_file(port, "v.nii.gz", (tmp_path / "v.nii.gz").read_bytes(), X_Orientation="lia")
     assert status == 200
+    assert opened["is_oriented"]
+    nib.save(nib.Nifti1Image(np.stack(planes, axis=-1).astype(np.int16), np.eye(4)), tmp_path / "w.nii.gz")
+    for letters, is_oriented in (("", False), ("RAS", True)):
+        content = (tmp_path / "w.nii.gz").read_bytes()
+        assert open_file(port, "w.nii.gz", content, X_Orientation=letters)[1]["is_oriented"] == is_oriented
     status, answer = open_file(port, "v.nii.gz", (tmp_path / "v.nii.gz").read_bytes(), X_Orientation="abc")
     assert status == 400
     assert "orientation is abc" in answer["error"]
     assert "open it again" in post(port, "slice", {"volume": "gone", "height": 5, "position": 1})[1]["error"]
 
 
+def test_the_number_of_volumes_in_memory_is_limited(port, studio, tmp_path):
+    nib.save(
+        nib.Nifti1Image(np.eye(8, dtype=np.int16)[..., None].repeat(8, 2), np.diag([4.0, 4, 4, 1])), tmp_path / "v.nii"
+    )
+    keys = [
+        open_file(port, "v.nii", (tmp_path / "v.nii").read_bytes())[1]["volume"] for _ in range(app.MAX_VOLUMES + 1)
+    ]
+    assert list(studio.volumes) == keys[1:]
+
+
+def test_a_slice_without_a_brain_is_refused(port):
+    black = app._image_url(np.zeros((32, 32, 1)))
+    status, answer = post(port, "slice", {"image": black, "position": None})
+    assert (status, answer["error"][:24]) == (400, "the slice shows no brain")
+
+
+@pytest.mark.parametrize("grids", [(4,), (4, 8)], ids=["one level", "two levels"])
+def test_runs_of_any_kind_work_in_every_tool(grids):
+    """Without a sharp decoder or slices of unseen people, at another size, and with two levels of codes."""
+    plain_studio = app.Studio(test_generator.make(grids), "plain", np.array([]))
+    assert plain_studio.info()["unseen"]["counts"] == []
+    brain, other = plain_studio.draw({"position": 1, "count": 2, **SETTINGS})["brains"]
+    assert [np.shape(level) for level in brain["codes"]] == [(grid, grid) for grid in grids]
+    assert plain_studio.redraw({"brain": brain, "count": 1, "seed": 7})["brains"][0]["image"] == brain["image"]
+    region = {"drawn": [0] * (grids[-1] ** 2 // 2) + [1] * (grids[-1] ** 2 // 2), "count": 1, **SETTINGS}
+    varied = plain_studio.vary({"brain": brain, **region})
+    completed = plain_studio.complete({"image": brain["image"], "position": 1, **region})
+    assert varied["exact"] == completed["exact"] == (len(grids) == 1)
+    assert np.array_equal(pixels(completed["images"][0])[:16], pixels(brain["image"])[:16])
+    assert len(plain_studio.walk({"first": brain, "second": other, "steps": 2})["images"]) == 2
+    assert len(plain_studio.positions(SETTINGS)["images"]) == 3
+    own = plain_studio.slice({"image": brain["image"], "position": None})
+    assert [pixels(url).shape for url in own["bits_maps"]] == [(32, 32, 3)] * len(grids)
+    assert own["fraction_below"] is None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("", b"text", "X-File-Name is missing"),
         ("notes.txt", b"text", "notes.txt: is neither a PNG nor a NIfTI or MGH volume"),
         ("broken.png", b"text", "broken.png: is not a PNG image in spite of its name"),
         ("broken.nii", b"text", "broken.nii: is not a readable volume"),
@@ -198,6 +257,18 @@ def test_files_that_cannot_be_read_are_named(port, name, content, message):
     assert "/tmp" not in answer["error"]
 
 
+def png_url(size: int) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(size)).decode()}"
+
+
+def huge_png() -> str:
+    """A PNG whose header promises more pixels than fit into memory."""
+    content = png()
+    header = content[12:16] + struct.pack(">II", 50000, 50000) + content[24:29]
+    content = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
 WRONG = [
     ("draw", {"position": 9}, "position is 9: must be a whole number from 0 to 2"),
     ("draw", {"count": 0}, "count is 0"),
@@ -209,8 +280,14 @@ WRONG = [
     ("redraw", {"brain": None}, "brain is missing: draw or open a brain first"),
     ("redraw", {"brain": {"codes": [[[1, 2], [3, 4]]]}}, "brain has codes of another shape than small uses"),
     ("redraw", {"brain": {"codes": [[["a"] * 4] * 4]}}, "brain has codes that are not whole numbers"),
+    ("redraw", {"brain": {"codes": [[[0.5] * 4] * 4]}}, "brain has codes that are not whole numbers"),
+    ("redraw", {"brain": {"codes": [[[10**30] * 4] * 4]}}, "brain has codes that are not whole numbers"),
+    ("redraw", {"brain": {"codes": [[[1], [1, 2]]]}}, "brain has codes of another shape than small uses"),
     ("redraw", {"brain": {"codes": [[[99] * 4] * 4]}}, "brain has codes outside of 0 to 15"),
-    ("complete", {"image": "data:image/png;base64,AAAA"}, "image is not a PNG"),
+    ("complete", {"image": "data:image/png;base64,AAAA"}, "image: is not a PNG"),
+    ("complete", {"image": "data:image/png;base64,A"}, "image: is not base64"),
+    ("complete", {"image": huge_png()}, "image: has 50000 × 50000 pixels, too large"),
+    ("complete", {"image": png_url(33)}, "image: has 33 × 33 pixels, must have 32 × 32"),
     ("complete", {"image": None}, "image is missing"),
     ("complete", {"drawn": [0] * 16}, "drawn must be 16 numbers, 0 or 1, and not all 0"),
     ("complete", {"drawn": [[1]] * 16}, "drawn must be 16 numbers"),
@@ -235,17 +312,19 @@ def test_wrong_requests_get_status_400_and_a_message(port, brain, tool, change, 
 
 
 def test_what_is_not_json_is_refused(port):
-    assert post(port, "draw", b"{")[1]["error"] == "the request is not JSON"
+    for content in (b"{", b"[" * 100_000, b"\xff"):
+        assert post(port, "draw", content) == (400, {"error": "the request is not JSON"})
     assert post(port, "draw", [1])[1]["error"] == "the request is not a JSON object"
     assert send(port, "POST", "/api/erase", {})[0] == 404
     assert send(port, "GET", "/etc/passwd")[0] == 404
 
 
-def test_large_requests_are_refused_before_they_are_read(port, monkeypatch):
+@pytest.mark.parametrize("length", [str(2**20 + 1), "-1", "9" * 5000, "many"])
+def test_large_requests_are_refused_before_they_are_read(port, monkeypatch, length):
     monkeypatch.setattr(app, "MAX_BODY", 2**20)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.putrequest("POST", "/api/draw")
-    connection.putheader("Content-Length", str(2**20 + 1))
+    connection.putheader("Content-Length", length)
     connection.endheaders()
     response = connection.getresponse()
     assert response.status == 400
@@ -265,6 +344,44 @@ def test_other_sites_cannot_use_the_server(port, headers):
         status, answer = send(port, method, path, {} if method == "POST" else None, headers)
         assert status == 403
         assert "open the page at the address" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "host", "port", "expected"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1", 8000, True),
+        ("localhost:8000", "127.0.0.1", 8000, True),
+        ("127.0.0.1:8001", "127.0.0.1", 8000, False),
+        ("127.0.0.1", "127.0.0.1", 8000, False),
+        ("127.0.0.1", "127.0.0.1", 80, True),
+        ("192.168.0.7:8000", "127.0.0.1", 8000, False),
+        ("192.168.0.7:8000", "192.168.0.7", 8000, True),
+        ("192.168.0.7:8000", "0.0.0.0", 8000, True),
+        ("evil.example:8000", "0.0.0.0", 8000, False),
+        (f"{socket.gethostname()}:8000", "0.0.0.0", 8000, True),
+        ("", "0.0.0.0", 8000, False),
+    ],
+)
+def test_a_request_must_name_the_server(asked, host, port, expected):
+    assert app.is_own(asked, host, port) == expected
+
+
+def test_a_page_that_is_closed_leaves_no_traceback(port, studio, monkeypatch, capfd):
+    begun, release = threading.Event(), threading.Event()
+
+    def slow(request: dict[str, Any]) -> dict[str, Any]:
+        begun.set()
+        release.wait(60)
+        return {"long": "x" * 10_000_000}
+
+    monkeypatch.setitem(studio.tools, "draw", slow)
+    with socket.create_connection(("127.0.0.1", port)) as closing:
+        closing.sendall(f"POST /api/draw HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        assert begun.wait(60)
+    release.set()
+    assert send(port, "GET", "/api/info")[0] == 200
+    time.sleep(0.5)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_slow_request_does_not_block_the_page(port, studio, monkeypatch):
@@ -317,6 +434,17 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+def reproduced(browser: Any, page: Any, selector: str) -> None:
+    """Assert that a new page at the same address shows the same pictures."""
+    sources = f"[...document.querySelectorAll('{selector}')].map((image) => image.src)"
+    expected, other = page.evaluate(sources), browser.new_page()
+    other.goto(page.url)
+    other.locator(selector).nth(len(expected) - 1).wait_for(timeout=300_000)
+    other.locator("#bar:not(.on)").wait_for(state="attached", timeout=300_000)
+    assert other.evaluate(sources) == expected
+    other.close()
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_tool_works_in_a_browser(browser, port, tmp_path, width):
     (tmp_path / "case_001_slice_1.png").write_bytes(png())
@@ -325,7 +453,8 @@ def test_every_tool_works_in_a_browser(browser, port, tmp_path, width):
     page.on("pageerror", lambda error: messages.append(str(error)))
 
     def done() -> None:
-        page.locator("#status", has_text=re.compile(r"^Done")).wait_for(timeout=60000)
+        page.locator("#status", has_text=re.compile(r"^Done")).wait_for(timeout=300_000)
+        page.locator("#bar:not(.on)").wait_for(state="attached", timeout=300_000)
 
     def click(selector: str) -> None:
         page.evaluate("document.getElementById('status').textContent = ''")
@@ -340,7 +469,10 @@ def test_every_tool_works_in_a_browser(browser, port, tmp_path, width):
     assert pictures("#drawn") == 3
     assert "slice 2" in page.locator("#drawn figure").first.text_content()
     assert "seed=11" in page.evaluate("location.hash")
+    page.evaluate("document.getElementById('status').textContent = ''")
     page.fill("#seed", "12")
+    page.locator("#seed").dispatch_event("change")
+    done()
     assert "seed=12" in page.evaluate("location.hash")
     click("[data-run=draw]")
     page.locator("#drawn img").nth(1).click()
@@ -349,18 +481,19 @@ def test_every_tool_works_in_a_browser(browser, port, tmp_path, width):
 
     page.click("nav [data-tool=vary]")
     click("[data-run=redraw]")
-    assert pictures("#results") == 4  # The last one is the deviation.
+    assert pictures("#varied") == 4  # The last one is the deviation.
     page.click("[data-region=bottom]")
     click("[data-run=vary]")
-    assert pictures("#results") == 3
-    assert page.text_content("#exactness").startswith("Exact")
+    assert pictures("#varied") == 3
+    assert page.text_content("#varied-note").startswith("Exact")
+    reproduced(browser, page, "#varied img")
 
     page.click("nav [data-tool=slice]")
     page.evaluate("document.getElementById('status').textContent = ''")
     page.set_input_files("#file", tmp_path / "case_001_slice_1.png")
     done()
     assert pictures("#own") == 5
-    assert "Slice position 1" in page.text_content("#verdict")
+    assert "slice position1" in page.text_content("#facts")
 
     page.click("nav [data-tool=complete]")
     page.click("[data-region=none]")
@@ -370,21 +503,38 @@ def test_every_tool_works_in_a_browser(browser, port, tmp_path, width):
     page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"], steps=8)
     page.mouse.up()
     click("[data-run=complete]")
-    assert pictures("#results") == 3
-    assert page.text_content("#exactness").startswith("Approximate")
+    assert pictures("#completed") == 3
+    assert page.text_content("#completed-note").startswith("Approximate")
 
     page.click("nav [data-tool=walk]")
     click("[data-run=walk]")
+    assert page.get_attribute("#save-film", "href").startswith("data:image/png")
     click("[data-run=positions]")
-    page.locator("#frame", has_text="slice").wait_for(timeout=10000)
+    page.locator("#frame", has_text="slice").wait_for(timeout=60_000)
 
     page.click("nav [data-tool=complete]")
     page.click("[data-region=none]")
     page.click("[data-run=complete]")
-    page.locator("#status.error", has_text="mark a region first").wait_for(timeout=10000)
+    page.locator("#status.error", has_text="mark a region first").wait_for(timeout=60_000)
+    page.focus("#painter")
+    for key in ("ArrowRight", " "):
+        page.keyboard.press(key)
+    assert page.evaluate("region().reduce((sum, cell) => sum + cell, 0)") == 1
+    page.focus("nav [data-tool=complete]")
+    page.keyboard.press("ArrowLeft")
+    assert page.get_attribute("nav [data-tool=vary]", "aria-selected") == "true"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert [message for message in messages if "400" not in message] == []  # Chromium logs the refused request.
+    assert page.evaluate("[...document.images].every((image) => image.alt)")
+    assert messages == []
     page.close()
+
+
+def test_every_control_has_a_name():
+    page = app.PAGE.read_text(encoding="utf-8")
+    assert not [tag for tag in re.findall(r"<canvas[^>]*>", page) if "aria-label" not in tag and "unseen" not in tag]
+    for tag in re.findall(r"<(?:input|select)[^>]*>", page):
+        name = re.search(r'id="([^"]+)"', tag)[1]
+        assert "aria-label" in tag or re.search(rf'<label[^>]*>(?:(?!</label>).)*id="{name}"', page, re.DOTALL), tag
 
 
 def test_the_page_names_every_tool(studio):

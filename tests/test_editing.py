@@ -51,9 +51,12 @@ def test_kept_pixels_stay_and_the_others_are_drawn_several_times(made, image, na
     assert np.array_equal(images, editing.complete(made, image, kept, position=1, count=3, seed=1))
 
 
-def test_what_is_hidden_is_not_used(made, image):
-    kept = editing.half("left", SIZE)
-    changed = np.where(kept[..., None], image, 0)
+@pytest.mark.parametrize("name", [*editing.HALVES, "middle", "all"])
+def test_what_is_hidden_is_not_used(made, image, name):
+    kept = editing.half(name, SIZE) if name in editing.HALVES else np.zeros((SIZE, SIZE), bool)
+    if name == "middle":  # On both sides of the midline.
+        kept[:8] = kept[24:] = True
+    changed = np.where(kept[..., None], image, 1 - image)
     one, other = (editing.complete(made, shown, kept, position=1, seed=1) for shown in (image, changed))
     assert np.array_equal(one, other)
 
@@ -103,7 +106,8 @@ def test_completions_that_begin_with_kept_codes_are_not_chosen_among_candidates(
     monkeypatch.setattr(sampling, "sample_codes", record)
     for name in ("top", "bottom"):
         editing.complete(made, image, editing.half(name, SIZE), position=0, count=2)
-    assert counts == [2, 2 * editing.NUM_CANDIDATES]
+    # A draft fills the hidden half first.
+    assert counts == [1, 2, editing.NUM_CANDIDATES, 2 * editing.NUM_CANDIDATES]
 
 
 def test_a_walk_leads_from_one_slice_to_the_other(made, image):

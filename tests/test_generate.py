@@ -100,8 +100,13 @@ def test_reconstructions_come_with_their_quality_and_bits(run, made, slices):
         ({"temperature": 0.0}, "--temperature 0.0: must be a positive number"),
         ({"top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
         ({"positions": (9,)}, "--positions 9: no training slice has this position; choose from 0 to 2"),
+        ({"complete": Path("nowhere.png")}, "--complete nowhere.png: no such file; give a PNG of a slice"),
+        (
+            {"complete": Path(__file__), "positions": (1, 2)},
+            r"--positions \(1, 2\): must be a single one with --complete",
+        ),
         ({"reconstruct": Path("nowhere")}, "--reconstruct nowhere: no such file or folder"),
-        ({"complete": Path("a"), "reconstruct": Path("b")}, "--complete and --reconstruct: give one of them only"),
+        ({"complete": Path(__file__), "reconstruct": Path("b")}, "--complete and --reconstruct: give one of them only"),
         ({"export": Path("brains")}, "--export brains: must end in .onnx"),
     ],
 )
@@ -112,17 +117,28 @@ def test_bad_options_are_refused_and_nothing_is_written(run, tmp_path, options, 
     assert not list(tmp_path.glob("*"))
 
 
+@pytest.mark.parametrize("option", ["output", "compact", "export"])
+def test_nothing_is_written_to_the_run_folder(tmp_path, option):
+    inside = tmp_path / "inner" / "brains.onnx"
+    with pytest.raises(generate.GenerateError, match=f"--{option} .*: is in the run folder, which is only read"):
+        generate.main(generate.Options(tmp_path, **{option: inside}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_slice_to_complete_needs_a_position_that_occurs(run, slices):
     with pytest.raises(generate.GenerateError, match="give --positions, from 0 to 2"):
         run(complete=slices / "inner" / "case_001_slice_7.png")
     run(complete=slices / "inner" / "case_001_slice_7.png", positions=(2,), num_samples=1)
 
 
-@pytest.mark.parametrize("is_sharp", [True, False])
-def test_exported_networks_compute_the_same(made, tmp_path, monkeypatch, is_sharp):
+@pytest.mark.parametrize(("grids", "is_sharp"), [((4,), True), ((4, 8), False), ((4, 8), True)])
+def test_exported_networks_compute_the_same(tmp_path, monkeypatch, grids, is_sharp):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("tf2onnx")
-    generator = made if is_sharp else test_generator.make((4, 8))
+    generator = test_generator.make(grids)
+    if is_sharp:
+        decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(generator.vqvae))
+        generator = generator.replace(decoder=decoder)
     monkeypatch.setattr(Generator, "load", lambda folder: generator)
     generate.main(generate.Options(tmp_path / "run", export=tmp_path / "brains.onnx"))
     encoder, decoder = (runtime.InferenceSession(path) for path in generate.exported_files(tmp_path / "brains.onnx"))

@@ -1,6 +1,8 @@
 """The notebook runs from top to bottom and shows pictures."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,13 @@ def test_the_tour_comes_with_its_pictures_and_without_paths():
     assert "/tmp" not in text
     assert "/home" not in text
     assert '"stderr"' not in text
+
+
+def test_the_tour_draws_at_positions_of_the_training_slices():
+    config = json.loads((ROOT / "weights" / "oasis96" / "config.json").read_text())
+    text = (ROOT / "notebooks" / "tour.ipynb").read_text(encoding="utf-8")
+    (positions,) = re.findall(r"positions = (\[[\d, ]+\])", text)
+    others = re.findall(r"sample(?:_codes)?\(\[(\d+)\]|position=(\d+)", text)
+    drawn = [*json.loads(positions), *(int(a or b) for a, b in others)]
+    assert len(drawn) > 6
+    assert set(drawn) <= set(config["slice_positions"])
