@@ -7,8 +7,7 @@ from skimage.metrics import structural_similarity
 import augmentation
 import masked
 import model
-
-RNG = np.random.default_rng(0)
+from tests.randomness import RNG
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:
