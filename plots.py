@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 
+DPI = 130  # Pixels per inch of all pictures.
 History = list[dict[str, Any]]  # Rows of history.csv of one stage.
 
 # ----------------------------------------------------------------------------------------------- curves
@@ -423,7 +424,7 @@ def _columns(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DPI)
 
 
 def _curves(axes: Axes, history: History, name: str, label: str = "") -> None:

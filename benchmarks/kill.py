@@ -27,7 +27,7 @@ from benchmarks import common
 
 CONSTANTS = ["--image-size", "32", "--grids", "4", "--channels", "8", "--num-embeddings", "16", "--embedding-dim", "4"]
 CONSTANTS += ["--residual-blocks", "0", "--batch-size", "8", "--prior-filters", "8", "--prior-blocks", "1"]
-CONSTANTS += ["--prior-attention", "1", "--num-samples", "3"]
+CONSTANTS += ["--prior-attention", "1", "--decoder-channels", "8", "--num-samples", "3"]
 
 STEPS = {  # the file that each step ends with, in order, and the step
     "config.json": "before anything was written",

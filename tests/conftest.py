@@ -2,15 +2,19 @@
 
 import os
 
-import console
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # The workers share the cores.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy, which reads it when it is imported
+
+import console
+
 console.import_tensorflow()
 
-import keras
 import pytest
 from hypothesis import settings
+
+import seeds
+from tests import randomness
 
 # `pytest --hypothesis-profile=long` tries a hundred times as many damaged files, different ones each time.
 settings.register_profile("short", max_examples=1000, deadline=2000, derandomize=True, database=None)
@@ -18,7 +22,13 @@ settings.register_profile("long", max_examples=100_000, deadline=2000, database=
 settings.load_profile("short")
 
 
-@pytest.fixture(autouse=True)
-def _reset_random_state():
-    """Start each test from the same random state, whichever test ran before."""
-    keras.utils.set_random_seed(0)
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """Make each fixture from random numbers of its own, whichever test is the first to need it."""
+    randomness.reset(seeds.number(0, f"fixture {fixturedef.argname}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    """Start each test from the same random state, whatever its fixtures have drawn."""
+    randomness.reset()

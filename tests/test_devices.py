@@ -48,16 +48,19 @@ def train(count, codebook, grids):
     embeddings = [keras.ops.convert_to_numpy(quantizer.embeddings).tolist() for quantizer in vqvae.quantizers]
     return {**history, "embeddings": embeddings}
 
-codebook, grids = sys.argv[1], json.loads(sys.argv[2])
-print(json.dumps([train(count, codebook, grids) for count in (1, 2)]))
+cases = json.loads(sys.argv[1])
+print(json.dumps({codebook: [train(count, codebook, grids) for count in (1, 2)] for codebook, grids in cases.items()}))
 """
 
 # Defines a function that runs the driver, by default without what follows training, and returns the logs of each epoch.
+# What it copies after the first epoch is what a kill would leave: the checkpoint is written last.
 DRIVE = """
 import json, shutil, sys
-import console, driver, options, training
+import driver, options, plots, training, two_sample
 
 evaluate = driver.evaluate
+two_sample.CLASSIFIER_MAX_EPOCHS = 1  # There are too few slices to learn from in more.
+plots.DPI = 40
 
 def drive(arguments, after_first_epoch=None, with_evaluation=False):
     rows = []
@@ -78,16 +81,10 @@ def drive(arguments, after_first_epoch=None, with_evaluation=False):
     return rows
 """
 
-UNINTERRUPTED_AND_STOPPED = """
-def stop():
-    raise console.Stopped(15)
-
-uninterrupted, stopped, *arguments = sys.argv[1:]
-drive([*arguments, "--run-dir", uninterrupted])
-try:
-    drive([*arguments, "--run-dir", stopped], stop)
-except console.Stopped:
-    print(len(drive([*arguments, "--run-dir", stopped])))
+UNINTERRUPTED_AND_KILLED = """
+uninterrupted, killed, *arguments = sys.argv[1:]
+drive([*arguments, "--run-dir", uninterrupted], lambda: shutil.copytree(uninterrupted, killed))
+print(len(drive([*arguments, "--run-dir", killed])))
 """
 
 ONE_DEVICE_AND_TWO = """
@@ -107,6 +104,14 @@ XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device
 ON_JAX = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
 
 
+def shared_compilations(folder: Path) -> dict[str, str]:
+    """Environment of processes that use each other's compiled functions on JAX."""
+    thresholds = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | {
+        f"JAX_PERSISTENT_CACHE_{name}": value for name, value in thresholds.items()
+    }
+
+
 def start(code: str, *arguments, **environment) -> subprocess.Popen:
     """Run Python code in a process of its own."""
     return subprocess.Popen(
@@ -120,14 +125,24 @@ def start(code: str, *arguments, **environment) -> subprocess.Popen:
 
 def printed(process: subprocess.Popen, status: int = 0) -> str:
     """Return the last line that a process prints, and require its exit status."""
-    output, errors = process.communicate(timeout=600)
+    try:
+        output, errors = process.communicate(timeout=600)
+    finally:
+        process.kill()  # It would go on after a failure.
     assert process.returncode == status, errors
     return output.splitlines()[-1] if output else ""
 
 
-@pytest.mark.parametrize(("codebook", "grids"), [("ema", [4, 8]), ("gradient", [4])])
-def test_two_devices_train_like_one_and_restart_the_same_dead_codes(codebook, grids):
-    one, two = json.loads(printed(start(TWO_CPUS + TRAIN_ON_ONE_AND_TWO, codebook, grids)))
+@pytest.fixture(scope="module")
+def trained_on_one_and_two() -> dict:
+    """By codebook, what training on one device and on two leads to; one process, because imports take long."""
+    cases = json.dumps({"ema": [4, 8], "gradient": [4]})
+    return json.loads(printed(start(TWO_CPUS + TRAIN_ON_ONE_AND_TWO, cases)))
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_two_devices_train_like_one_and_restart_the_same_dead_codes(trained_on_one_and_two, codebook):
+    one, two = trained_on_one_and_two[codebook]
     assert one.keys() == two.keys()
     assert len(one["loss"]) == 5
     for name, expected in one.items():
@@ -162,23 +177,24 @@ def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
 def arguments(tmp_path_factory) -> list:
     """Command line of a small run."""
     folder = tmp_path_factory.mktemp("slices")
-    phantom.write_pngs(folder, num_subjects=6, num_positions=4, image_size=32)
+    phantom.write_pngs(folder, num_subjects=6, num_positions=4, image_size=16)
     epochs = ["--vqvae-epochs", "2", "--prior-epochs", "1", "--decoder-epochs", "1"]
-    return ["--data-dir", folder, *kill.CONSTANTS, *epochs]
+    return ["--data-dir", folder, *kill.CONSTANTS, "--image-size", "16", *epochs]
 
 
-def test_a_stopped_run_on_two_devices_ends_bitwise_identical(tmp_path, arguments):
-    uninterrupted, stopped = tmp_path / "uninterrupted" / "run", tmp_path / "stopped" / "run"
-    process = start(TWO_CPUS + DRIVE + UNINTERRUPTED_AND_STOPPED, uninterrupted, stopped, *arguments, "--devices", "2")
+def test_a_killed_run_on_two_devices_ends_bitwise_identical(tmp_path, arguments):
+    uninterrupted, killed = tmp_path / "uninterrupted" / "run", tmp_path / "killed" / "run"
+    process = start(TWO_CPUS + DRIVE + UNINTERRUPTED_AND_KILLED, uninterrupted, killed, *arguments, "--devices", "2")
     assert printed(process) == "4"  # the second epoch of the VQ-VAE, the prior, the sharp decoder and the critic
-    assert kill.differences(uninterrupted, stopped) == []
-    assert (stopped / "prior.keras").exists()
+    assert kill.differences(uninterrupted, killed) == []
+    assert (killed / "prior.keras").exists()
 
 
 def test_on_jax_two_devices_and_two_processes_train_like_one_device_and_resume(tmp_path, arguments):
     pytest.importorskip("jax", reason="JAX is not installed: see requirements-jax.txt")
     folders = [tmp_path / name for name in ("one", "two", "stopped")]
-    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *arguments, **ON_JAX)))
+    environment = ON_JAX | shared_compilations(tmp_path)
+    one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *arguments, **environment)))
     assert len(one) == 5
     assert np.isfinite(json.loads((folders[0] / "metrics.json").read_text())["ssim"])
     assert json.loads((folders[0] / "config.json").read_text())["versions"]["backend"] == "jax"
@@ -189,7 +205,8 @@ def test_on_jax_two_devices_and_two_processes_train_like_one_device_and_resume(t
         port = free.getsockname()[1]
     together = ["--run-dir", folders[-1], "--coordinator", f"localhost:{port}", "--num-processes", 2]
     processes = [
-        start(DRIVE + ONE_OF_TWO_PROCESSES, *arguments, *together, "--process-index", i, **ON_JAX) for i in range(2)
+        start(DRIVE + ONE_OF_TWO_PROCESSES, *arguments, *together, "--process-index", i, **environment)
+        for i in range(2)
     ]
     main_rows, other_rows = (json.loads(printed(process)) for process in processes)
     assert main_rows == other_rows

@@ -6,8 +6,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import layers
-
-RNG = np.random.default_rng(0)
+from tests.randomness import RNG
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:

@@ -3,9 +3,7 @@ import pytest
 from keras import ops
 
 import masked
-
-RNG = np.random.default_rng(0)
-
+from tests.randomness import RNG
 
 # ----------------------------------------------------------------------------------------- convolutions
 

@@ -16,8 +16,8 @@ import two_sample
 from dataset import Slices
 from generator import Results
 from pngs import BRAIN_THRESHOLD
+from tests.randomness import RNG
 
-RNG = np.random.default_rng(0)
 SUBJECTS = np.repeat(["a", "b", "c", "d"], 2)
 POSITIONS = np.tile([6, 9], 4)
 

@@ -8,8 +8,7 @@ import augmentation
 import masked
 import model
 from layers import resize
-
-RNG = np.random.default_rng(0)
+from tests.randomness import RNG
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:

@@ -9,6 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Few synthetic slices, too few for classifiers to learn from in more than an epoch, and pictures of few pixels.
+FASTER = """
+import phantom, plots, two_sample
+
+phantom.NUM_POSITIONS = 4
+two_sample.CLASSIFIER_MAX_EPOCHS = 1
+plots.DPI = 40
+"""
+
 
 def test_the_tour_runs_and_shows_pictures(tmp_path, monkeypatch):
     client = pytest.importorskip("nbclient")
@@ -19,6 +28,7 @@ def test_the_tour_runs_and_shows_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("TOUR_EPOCHS", "1")
     monkeypatch.setenv("TOUR_SUBJECTS", "6")
     notebook = nbformat.read(ROOT / "notebooks" / "tour.ipynb", as_version=4)
+    notebook.cells.insert(2, nbformat.v4.new_code_cell(FASTER))  # after the cell that finds the project
     client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]

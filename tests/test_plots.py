@@ -8,9 +8,10 @@ import pictures
 import plots
 from dataset import Slices
 from generator import Results, Samples
+from tests.randomness import RNG
 
-RNG = np.random.default_rng(0)
-IMAGES = RNG.random((6, 16, 16, 1))
+_RANDOM = np.random.default_rng(0)
+IMAGES = _RANDOM.random((6, 16, 16, 1))
 POSITIONS = np.arange(6)
 CURVES = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity")
 LEVELS = ("top", "bottom")
@@ -22,8 +23,8 @@ HISTORY = [
     }
     for epoch in (1, 2, 3)
 ]
-CODES = [RNG.integers(0, 9, (6, 2, 2)), RNG.integers(0, 16, (6, 4, 4))]
-EMBEDDINGS = [RNG.normal(size=(16, 4)), RNG.normal(size=(16, 4))]
+CODES = [_RANDOM.integers(0, 9, (6, 2, 2)), _RANDOM.integers(0, 16, (6, 4, 4))]
+EMBEDDINGS = [_RANDOM.normal(size=(16, 4)), _RANDOM.normal(size=(16, 4))]
 RATES = [
     {"crop": c, "image_size": 96, "grid": g, "num_embeddings": k, "prior_bits_per_image": g * k}
     | {"ssim": 0.9, "ssim_brain": 0.8, "psnr_db": 9}

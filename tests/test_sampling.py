@@ -4,8 +4,7 @@ from keras import ops
 
 import model
 import sampling
-
-RNG = np.random.default_rng(0)
+from tests.randomness import RNG
 
 
 def random_prior(*arguments, **settings) -> model.PixelCNN:
@@ -16,8 +15,9 @@ def random_prior(*arguments, **settings) -> model.PixelCNN:
     return prior
 
 
-@pytest.fixture(params=[(True, 0), (False, 0), (True, 2)], ids=["gated", "plain", "attention"])
+@pytest.fixture(scope="module", params=[(True, 0), (False, 0), (True, 2)], ids=["gated", "plain", "attention"])
 def prior(request) -> model.PixelCNN:
+    """Shared by all tests, because compiling its sampling takes longer than sampling."""
     gated, attention = request.param
     return random_prior(8, (3, 5), filters=16, num_blocks=2, gated=gated, attention=attention)
 
@@ -82,6 +82,7 @@ def test_known_codes_are_kept_and_the_others_are_sampled_given_those_before(prio
 
 
 def test_a_prior_that_has_been_trained_further_gives_other_codes(prior):
+    prior = model.PixelCNN(**prior.get_config())
     before = sample(prior, 3)
     for weight in prior.trainable_variables:
         weight.assign(RNG.normal(0, 0.4, weight.shape))

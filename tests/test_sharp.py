@@ -9,8 +9,7 @@ from keras import ops
 import model
 import sharp
 from tests import test_generator
-
-RNG = np.random.default_rng(0)
+from tests.randomness import RNG
 
 
 @pytest.fixture(

@@ -10,8 +10,7 @@ from scipy import stats
 
 import phantom
 import two_sample
-
-RNG = np.random.default_rng(0)
+from tests.randomness import RNG
 
 
 def gaussians(count: int, dimension: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:
