@@ -341,7 +341,7 @@ def _check_attention(config: Any) -> None:
 
 
 def _check_grids(config: Any) -> None:
-    size = config.coding_size or config.image_size
+    size = config.image_size if config.coding_size is None else config.coding_size
     ratio = config.image_size / size if size > 0 else 0
     if ratio < 1 or not math.log2(ratio).is_integer():
         raise ConfigError(

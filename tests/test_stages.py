@@ -123,7 +123,10 @@ def decoder_stage(encoded) -> training.Stage:
     priors = [stages.make_prior(config, level) for level in range(len(config.grids))]
     generator = Generator(encoder.vqvae, priors, encoder.positions)
     return stages.decoder_stage(
-        dataclasses.replace(config, decoder_epochs=2, decoder_channels=8), slices, codes, generator
+        dataclasses.replace(config, decoder_epochs=2, decoder_channels=8, decoder_batch_size=4),
+        slices,
+        codes,
+        generator,
     )
 
 
