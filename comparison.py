@@ -141,8 +141,9 @@ class Comparison:
         self.results, self.seed = results, seed
         self.real, self.decoded = {}, {}
         for split, slices in results.slices.items():
-            part = Part(to_display_uint8(slices.images), results.codes[split], slices.positions, slices.subjects)
-            self.real[split] = part.take(results.compared[split])
+            part = Part(slices.images, results.codes[split], slices.positions, slices.subjects)
+            part = part.take(results.compared[split])  # Only these are copied.
+            self.real[split] = replace(part, images=to_display_uint8(part.images))
             self.decoded[split] = replace(self.real[split], images=self._decode(self.real[split].codes))
         test = self.real["test"]
         self.pairs = random_pairs(test.positions, test.subjects, seed)

@@ -8,7 +8,7 @@ images = generator.sample([10, 12], seed=1, temperature=0.9)     # (2, 96, 96, 1
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import augmentation
+import cache
 import dataset
 import model
 import sampling
@@ -123,7 +124,7 @@ class Generator:
         Raises:
             ValueError: The images have another shape.
         """
-        images, size = np.asarray(images), self.vqvae.image_size
+        images, size = np.asanyarray(images), self.vqvae.image_size  # Keeps an array mapped from a file as it is.
         if images.ndim == 3:
             images = images[..., None]
         if images.shape[1:] != (size, size, 1):
@@ -140,7 +141,14 @@ class Generator:
 
     def decode(self, codes: Sequence[np.ndarray]) -> np.ndarray:
         """Decode code indices, (N, h, w) per level, to images (N, H, W, 1) float32 in [0, 1]."""
-        return self._in_batches(lambda *batch: [self.vqvae.decode_code(batch)], codes, "slices decoded")[0]
+        return self._in_batches(self._decode_batch, codes, "slices decoded")[0]
+
+    def decode_each(self, codes: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield batches (B, H, W, 1) of what `decode` returns, for more images than memory can hold."""
+        return (images for (images,) in self._each_batch(self._decode_batch, codes, "slices decoded"))
+
+    def _decode_batch(self, *codes: np.ndarray) -> list[Any]:
+        return [self.vqvae.decode_code(codes)]
 
     def draw(
         self, codes: Sequence[np.ndarray], seed: int = 0, purpose: str = "samples", is_common: bool = False
@@ -356,14 +364,26 @@ class Generator:
     def _in_batches(
         self, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray], unit: str
     ) -> list[np.ndarray]:
-        """Apply a function to a few rows of the arrays at a time and concatenate what it returns."""
-        results = []
+        """Apply a function to a few rows of the arrays at a time and put together what it returns."""
+        results: list[np.ndarray] = []
+        begin = 0
+        for outputs in self._each_batch(function, arrays, unit):
+            results = results or [np.empty((len(arrays[0]), *o.shape[1:]), o.dtype) for o in outputs]
+            for result, output in zip(results, outputs, strict=True):
+                result[begin : begin + len(output)] = output
+            begin += len(outputs[0])
+        return results
+
+    def _each_batch(
+        self, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray], unit: str
+    ) -> Iterator[list[np.ndarray]]:
+        """Apply a function to a few rows of the arrays at a time and yield what it returns, as arrays."""
         with console.progress(len(arrays[0]), unit) as bar:
             for start in range(0, len(arrays[0]), self.batch_size):
-                outputs = function(*[array[start : start + self.batch_size] for array in arrays])
-                results.append([keras.ops.convert_to_numpy(tensor) for tensor in outputs])
-                bar.update(len(results[-1][0]))
-        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+                rows = slice(start, start + self.batch_size)
+                outputs = function(*[cache.read(array, rows) for array in arrays])
+                yield [keras.ops.convert_to_numpy(tensor) for tensor in outputs]
+                bar.update(len(arrays[0][rows]))
 
 
 def _conditioning(level: int, positions: Positions, codes: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

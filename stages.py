@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 import augmentation
+import cache
 import dataset
 import devices
 import model
@@ -187,11 +188,10 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
     @functools.cache
     def drawn() -> tuple[list[np.ndarray], np.ndarray]:
         sampled = generator.sample_codes(train.positions, config.seed, purpose="training of the decoder")
-        return sampled, (generator.decode(sampled) * 255).round().astype(np.uint8)
+        decoded = ((images * 255).round().astype(np.uint8) for images in generator.decode_each(sampled))
+        return sampled, cache.collect_like(train.images, decoded)
 
-    def inputs(
-        codes: list[np.ndarray], targets: np.ndarray, is_drawn: np.ndarray, split: dataset.Slices
-    ) -> dict[str, np.ndarray]:
+    def inputs(codes: list[Any], targets: Any, is_drawn: np.ndarray, split: dataset.Slices) -> dict[str, Any]:
         named = {"positions": split.positions, "images": split.images, "targets": targets}
         levels = {f"codes_{level}": indices for level, indices in enumerate(codes)}
         return {**named, "drawn": is_drawn.astype(np.float32), **levels}
@@ -199,10 +199,7 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
     def batches(epoch: int) -> Any:
         sampled, decoded = drawn()
         is_drawn = seeds.generator(config.seed, "slices with drawn codes", epoch).random(len(train)) < 0.5
-
-        def choose(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-            return np.where(is_drawn.reshape(-1, *[1] * (first.ndim - 1)), first, second)
-
+        choose = functools.partial(dataset.ChosenRows, is_drawn)
         chosen = [choose(own, other) for own, other in zip(sampled, codes["train"], strict=True)]
         named = inputs(chosen, choose(decoded, train.images), is_drawn, train)
         order = seeds.number(config.seed, "decoder")

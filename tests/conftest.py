@@ -18,6 +18,14 @@ settings.register_profile("long", max_examples=100_000, deadline=2000, database=
 settings.load_profile("short")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_folder(tmp_path_factory):
+    """Keep decoded slices of tests, also of the processes that they start, out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _reset_random_state():
     """Start each test from the same random state, whichever test ran before."""
