@@ -35,7 +35,7 @@ PART_BYTES = 1 << 22  # Of images that are read at a time when all of them are r
 _SET_DATA_DIR = "set data_dir to the folder with the PNG slices"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # Slots save memory if there are a million.
 class SliceFile:
     """The PNG file of one slice.
 
