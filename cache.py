@@ -1,6 +1,6 @@
 """Decoded slices on disk: one memory-mapped file per set of slices, made once and shared by all runs.
 
-Only the rows that are read take memory, and only until they have been copied, so a set may be larger than memory.
+Only rows that were read lately take memory, at most some hundred MB, so a set may be larger than memory.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from run import UNFINISHED, atomic_path, remove, write_json
 IMAGES = "images"  # Name of the file in the folder of a set: the pixels, (N, H, W, 1) uint8, and nothing else.
 ABOUT = "about.json"  # Its shape, and what else is known about the set.
 _SET_CACHE_DIR = "set cache_dir to a folder on a larger disk"
+# Bytes that are read from a file before its memory is released. Linux may map 2 MB for a row, so it is little.
+UNRELEASED_BYTES = 1 << 24
 
 About = dict[str, Any]
+_unreleased: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # Bytes since the last release.
 
 
 def default_folder() -> Path:
@@ -154,9 +158,13 @@ def _require_space(folder: Path, num_bytes: int) -> None:
 
 
 def read(array: Any, rows: Any) -> np.ndarray:
-    """Return some rows of an array, and release the rows that were read before if it is mapped from a file."""
+    """Return some rows of an array. If it is mapped from a file, its memory is released from time to time."""
     taken = array[rows]
-    release(array)
+    if mapping := _mapping(array):
+        read_bytes = max(taken.nbytes, len(taken) * 65536)  # Pages around small rows are mapped as well.
+        _unreleased[mapping] = _unreleased.get(mapping, 0) + read_bytes
+        if _unreleased[mapping] > UNRELEASED_BYTES:
+            release(array)
     return taken
 
 
@@ -165,10 +173,16 @@ def release(array: Any) -> None:
 
     The content stays in the system's cache of files as long as there is room, and is mapped again when it is read.
     """
-    mapping = getattr(array, "_mmap", None)  # NumPy has no public name for it.
-    # What was written to a private mapping would be lost.
-    if mapping is not None and not array.flags.writeable and hasattr(mapping, "madvise"):  # Windows has no madvise.
+    mapping = _mapping(array)
+    if mapping and hasattr(mapping, "madvise"):  # Windows has no madvise.
         mapping.madvise(mmap.MADV_DONTNEED)
+        _unreleased.pop(mapping, None)
+
+
+def _mapping(array: Any) -> mmap.mmap | None:
+    """The mapping that an array was opened with; None if it may be written, as what was written would be lost."""
+    mapping = getattr(array, "_mmap", None)  # NumPy has no public name for it.
+    return mapping if mapping is not None and not array.flags.writeable else None
 
 
 def collect_like(images: np.ndarray, batches: Iterable[np.ndarray]) -> np.ndarray:
