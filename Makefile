@@ -23,6 +23,7 @@ format: .venv/installed-dev
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.large
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.slices

@@ -3,32 +3,38 @@
     slices = load(data_dir, image_size=96, seed=0)          # {"train": Slices, "validate": Slices, "test": Slices}
     batches = image_batches(slices["train"], 32, seed=0)    # tf.data, shuffled by (seed, epoch)
 
-Images are kept as uint8; only one batch at a time is converted to float32.
+Images are kept as uint8 in a memory-mapped file (see cache.py); only one batch at a time is in memory, as float32.
 """
 
+import functools
 import hashlib
 import itertools
+import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import tensorflow as tf
 
 import augmentation
+import cache
 import console
 import naming
 import phantom
 import pngs
 import seeds
 from pngs import DataError
+from run import checksum
 
+PART_BYTES = 1 << 22  # Of images that are read at a time when all of them are read.
 _SET_DATA_DIR = "set data_dir to the folder with the PNG slices"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # Slots save memory if there are a million.
 class SliceFile:
     """The PNG file of one slice.
 
@@ -48,7 +54,7 @@ class Slices:
     """Decoded slices of one split.
 
     Attributes:
-        images: (N, H, W, 1) uint8.
+        images: (N, H, W, 1) uint8, mapped from a file for reading, or in memory.
         positions: (N,) int32, slice positions counted from below.
         subjects: (N,) str, names of the subjects.
         crop: Side of the central square of the PNGs that the images show, in pixels of the PNGs; 0 if they show all.
@@ -64,6 +70,26 @@ class Slices:
     def __len__(self) -> int:
         return len(self.images)
 
+    @functools.cached_property
+    def histogram(self) -> np.ndarray:
+        """(256,) int64, the number of pixels of each grey level."""
+        counts = np.zeros(256, np.int64)
+        for part in _parts(self.images):
+            counts += np.bincount(part.ravel(), minlength=256)
+        return counts
+
+
+class CachedSlices(dict[str, Slices]):
+    """Slices by split whose fingerprint is known already, so no split of it may be replaced.
+
+    Attributes:
+        fingerprint: See the function of this name.
+    """
+
+    def __init__(self, slices: Mapping[str, Slices], fingerprint: str) -> None:
+        super().__init__(slices)
+        self.fingerprint = fingerprint
+
 
 def load(
     data_dir: Path | None,
@@ -72,10 +98,12 @@ def load(
     skip_broken: bool = False,
     synthetic_subjects: int = phantom.NUM_SUBJECTS,
     crop: int | None = 0,
+    cache_dir: Path | None = None,
 ) -> dict[str, Slices]:
     """Load the three splits. No subject and no image is in two of them.
 
-    Unusual files are used if possible; warnings on standard error say how many there are.
+    Unusual files are used if possible; warnings on standard error say how many there are. The decoded slices are
+    written to a file, which is used again until a PNG is changed, added or removed. Synthetic slices are in memory.
 
     Args:
         data_dir: Folder of PNG slices in one of the layouts of `find`. None generates synthetic slices.
@@ -85,57 +113,164 @@ def load(
         synthetic_subjects: Number of subjects of the synthetic slices, at least 3.
         crop: Side of the central square of each PNG that is used, in pixels of the PNG, which is then resized to
             `image_size`. None chooses it; see `pngs.choose_crop`. 0 uses the whole PNG. Synthetic slices are whole.
+        cache_dir: Folder for decoded slices; None for `cache.default_folder`.
 
     Returns:
         `{"train": ..., "validate": ..., "test": ...}`: `Slices` with images (N, image_size, image_size, 1).
 
     Raises:
-        DataError: There are no usable slices, a subject or image is in two splits, a file is not a readable PNG, or
-            `crop` cuts off a part of a brain.
+        DataError: There are no usable slices, a subject or image is in two splits, a file is not a readable PNG,
+            `crop` cuts off a part of a brain, or the decoded slices cannot be written.
     """
     if data_dir is None:
         return _synthetic_slices(image_size, seed, synthetic_subjects)
     files_of = find(data_dir, seed)
+    name, state = _checksums(files_of, data_dir, (image_size, crop, skip_broken))
+    warned: list[str] = []
+
+    def warn(warning: str) -> None:
+        console.warn(warning)
+        warned.append(warning)
+
+    def write(path: Path) -> cache.About:
+        about = {**_decode(files_of, data_dir, path, image_size, skip_broken, crop, warn), "warnings": warned}
+        if _checksums(files_of, data_dir, (image_size, crop, skip_broken)) != (name, state):
+            raise DataError(f"{data_dir}: slices were changed while they were read; run the same command again")
+        return about
+
+    images, about = cache.open_or_make(
+        Path(cache_dir or cache.default_folder()),
+        name,
+        str(Path(data_dir).resolve()),
+        state,
+        sum(map(len, files_of.values())) * image_size**2,
+        write,
+    )
+    for warning in about["warnings"][len(warned) :]:  # Unless the slices have just been decoded.
+        console.warn(warning)
+    slices = _split_images(files_of, images, about)
+    for split, split_slices in slices.items():
+        vars(split_slices)["histogram"] = np.array(about["histograms"][split])
+    return CachedSlices(slices, about["fingerprint"])
+
+
+def _checksums(
+    files_of: Mapping[str, list[SliceFile]], data_dir: Path, settings: tuple[object, ...]
+) -> tuple[str, str]:
+    """Checksums of all that decoded slices are made from, without reading the files.
+
+    Returns:
+        One of everything: the files with their sizes, modification times, splits, subjects and positions, how they are
+        decoded, and the settings; and one of the files only, whatever the settings and the splits.
+    """
+    decoder = f"{PIL.__version__} {checksum(Path(pngs.__file__))}"
+    everything, total = hashlib.sha256(f"{decoder} {settings}".encode()), 0
+    relative = functools.cache(lambda folder: os.path.relpath(folder, data_dir))
+    for split, files in files_of.items():
+        for file in files:
+            folder, name = os.path.split(file.path)
+            described = ascii((relative(folder), name, *_size_and_time(file.path))).encode()
+            everything.update(described + ascii((split, file.subject, file.position)).encode())
+            total += int.from_bytes(hashlib.sha256(described).digest(), "big")  # A sum does not depend on the order.
+    return everything.hexdigest()[:32], f"{decoder} {total % 2**256:x}"
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in nanoseconds of a file; −1 if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _decode(
+    files_of: Mapping[str, list[SliceFile]],
+    data_dir: Path,
+    path: Path,
+    image_size: int,
+    skip_broken: bool,
+    crop: int | None,
+    warn: Callable[[str], None],
+) -> cache.About:
+    """Decode all slices, split by split, into a file of pixels; see `load`.
+
+    Returns:
+        What is known about them: "shape", "crop" and "frame_size", see `Slices`; "left_out", indices of the files that
+        cannot be read; "histograms" of the splits; and "fingerprint".
+    """
     files = [file for split in naming.SPLITS for file in files_of[split]]
     paths = [file.path for file in files]
-    crop, side = pngs.choose_crop(paths, crop)
-    images, decoded = pngs.decode_all(paths, image_size, skip_broken, crop)
-    frame_size = round(image_size * side / crop) if crop else 0
-    readable = np.array([png is not None for png in decoded])
-    slices, begin = {}, 0
-    for split in naming.SPLITS:
-        rows = np.arange(begin, begin + len(files_of[split]))
-        begin += len(rows)
-        used = rows[readable[rows]]
-        if not len(used):
+    chosen, side = pngs.choose_crop(paths, crop)
+    digests: list[bytes | None] = []
+    left_out = []
+    with open(path, "wb") as pixels:
+        for i, png in enumerate(pngs.decode_each(paths, image_size, skip_broken, chosen, warn)):
+            if png:
+                pixels.write(png.grey.tobytes())
+            else:
+                left_out.append(i)
+            digests.append(png.digest if png and pngs.BLANK not in png.oddities else None)
+    about: cache.About = {
+        "shape": (len(files) - len(left_out), image_size, image_size, 1),
+        "crop": chosen,
+        "frame_size": round(image_size * side / chosen) if chosen else 0,
+        "left_out": left_out,
+    }
+    for split, split_files in _readable(files_of, left_out).items():
+        if not split_files:
             raise DataError(f"{data_dir}: no slice of the {split} split can be read; replace the broken files")
-        selection = slice(used[0], used[-1] + 1) if len(used) == len(rows) else used  # A slice makes no copy.
-        positions = np.array([files[i].position for i in used], np.int32)
-        subjects = np.array([files[i].subject for i in used])
-        slices[split] = Slices(images[selection], positions, subjects, crop, frame_size)
-    _refuse_shared_images(files, decoded, [split for split in naming.SPLITS for _ in files_of[split]])
+    _refuse_shared_images(files, digests, [split for split in naming.SPLITS for _ in files_of[split]])
+    slices = _split_images(files_of, cache.map_images(path, about["shape"]), about)
+    about["histograms"] = {split: split_slices.histogram.tolist() for split, split_slices in slices.items()}
+    return {**about, "fingerprint": fingerprint(slices)}
+
+
+def _readable(files_of: Mapping[str, list[SliceFile]], left_out: list[int]) -> dict[str, list[SliceFile]]:
+    """The files of each split without those with these indices."""
+    unreadable, index = set(left_out), itertools.count()
+    return {split: [file for file in files_of[split] if next(index) not in unreadable] for split in naming.SPLITS}
+
+
+def _split_images(files_of: Mapping[str, list[SliceFile]], images: np.ndarray, about: cache.About) -> dict[str, Slices]:
+    """The slices of each split, whose images are consecutive rows of `images`."""
+    slices, begin = {}, 0
+    for split, files in _readable(files_of, about["left_out"]).items():
+        end = begin + len(files)
+        positions = np.array([file.position for file in files], np.int32)
+        subjects = np.array([file.subject for file in files])
+        slices[split] = Slices(images[begin:end], positions, subjects, about["crop"], about["frame_size"])
+        begin = end
     return slices
 
 
 def fingerprint(slices: dict[str, Slices]) -> str:
     """Return a checksum (SHA-256, hexadecimal) of all slices with their splits, frames, subjects and positions."""
+    if isinstance(slices, CachedSlices):
+        return slices.fingerprint
     digest = hashlib.sha256()
     for split, split_slices in slices.items():
         shape, frame = split_slices.images.shape, (split_slices.crop, split_slices.frame_size)
         digest.update(f"{split} {shape} {frame} {ascii(split_slices.subjects.tolist())}".encode())
         digest.update(split_slices.positions.tobytes())
-        digest.update(np.ascontiguousarray(split_slices.images).data)
+        for part in _parts(split_slices.images):
+            digest.update(part.data)
     return digest.hexdigest()
 
 
 def pixel_variance(slices: Slices) -> float:
     """Return the variance of all pixels on the [0, 1] scale, at least 1e-6."""
-    counts = np.zeros(256, np.int64)  # A histogram avoids a float copy of all images.
-    for image in slices.images:
-        counts += np.bincount(image.ravel(), minlength=256)
-    intensities = np.arange(256) / 255
+    counts, intensities = slices.histogram, np.arange(256) / 255
     mean = np.average(intensities, weights=counts)
     return max(float(np.average((intensities - mean) ** 2, weights=counts)), 1e-6)
+
+
+def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield images (N, H, W, 1) in contiguous parts of about `PART_BYTES`."""
+    count = max(1, PART_BYTES // math.prod(images.shape[1:]))
+    for start in range(0, len(images), count):
+        yield np.ascontiguousarray(cache.read(images, slice(start, start + count)))
+    cache.release(images)
 
 
 # ---------------------------------------------------------------------------------------------- finding
@@ -293,13 +428,13 @@ def split_by_subject(files: list[SliceFile], seed: int) -> dict[str, list[SliceF
     return {split: [file for file in files if split_of.get(file.subject, "train") == split] for split in naming.SPLITS}
 
 
-def _refuse_shared_images(files: list[SliceFile], decoded: list[pngs.DecodedPng | None], splits: list[str]) -> None:
-    """Raise `DataError` if the same image is in two splits under any names. Blank images are ignored."""
+def _refuse_shared_images(files: list[SliceFile], digests: list[bytes | None], splits: list[str]) -> None:
+    """Raise `DataError` if the same image is in two splits under any names. Those without a checksum are ignored."""
     first: dict[bytes, int] = {}
-    for i, png in enumerate(decoded):
-        if png is None or pngs.BLANK in png.oddities:
+    for i, digest in enumerate(digests):
+        if digest is None:
             continue
-        j = first.setdefault(png.digest, i)
+        j = first.setdefault(digest, i)
         if splits[j] != splits[i]:
             same = f"is the same image as {files[j].path} of the {splits[j]} split"
             raise DataError(f"{files[i].path}: {same}; keep all slices of a subject in one split")
@@ -441,7 +576,8 @@ def _batches(
 
     def select_rows(batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
         rows = tf.split(batch, num_shards)[shard_index]
-        taken = tf.numpy_function(lambda i: [a[i] for a in arrays], [rows], [a.dtype for a in arrays], stateful=False)
+        types = [a.dtype for a in arrays]
+        taken = tf.numpy_function(lambda i: [cache.read(a, i) for a in arrays], [rows], types, stateful=False)
         return tuple(tf.ensure_shape(t, (None, *a.shape[1:])) for t, a in zip(taken, arrays, strict=True))
 
     return indices.map(select_rows)

@@ -20,6 +20,7 @@ class Config:
     name: str = "oasis96"  # of the run; a preset sets its own
     synthetic_subjects: int = 64  # number of subjects of the synthetic slices, 16 slices each
     run_dir: Path | None = None  # folder for everything that the run writes; None: runs/ and the name
+    cache_dir: Path | None = None  # folder for decoded slices, shared by all runs; None: in the user's cache folder
     start_from: Path | None = None  # folder of a finished run whose networks training begins with; None: from scratch
     keep: tuple[str, ...] = ()  # networks that are taken from start_from as they are, as in vqvae prior
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
@@ -158,6 +159,7 @@ def load_slices(config: Config) -> Slices:
         config.skip_broken_slices,
         config.synthetic_subjects,
         config.crop,
+        config.cache_dir,
     )
     if crop := slices["train"].crop:
         print(f"using the central {crop} × {crop} pixels of each slice")

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import augmentation
+import cache
 import dataset
 import model
 import sampling
@@ -131,7 +132,7 @@ class Generator:
         Raises:
             ValueError: The images have another shape.
         """
-        images, size = np.asarray(images), self.vqvae.image_size
+        images, size = np.asanyarray(images), self.vqvae.image_size  # Keeps an array mapped from a file as it is.
         if images.ndim == 3:
             images = images[..., None]
         if images.shape[1:] != (size, size, 1):
@@ -364,14 +365,19 @@ class Generator:
     def _in_batches(
         self, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray], unit: str
     ) -> list[np.ndarray]:
-        """Apply a function to a few rows of the arrays at a time and concatenate what it returns."""
-        results = []
+        """Apply a function to a few rows of the arrays at a time and put together what it returns."""
+        results: list[np.ndarray] = []
+        begin = 0
         with console.progress(len(arrays[0]), unit) as bar:
-            for start in range(0, len(arrays[0]), self.batch_size):
-                outputs = function(*[array[start : start + self.batch_size] for array in arrays])
-                results.append([keras.ops.convert_to_numpy(tensor) for tensor in outputs])
-                bar.update(len(results[-1][0]))
-        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+            while begin < len(arrays[0]):
+                rows = slice(begin, begin + self.batch_size)
+                outputs = [keras.ops.convert_to_numpy(t) for t in function(*[cache.read(a, rows) for a in arrays])]
+                results = results or [np.empty((len(arrays[0]), *o.shape[1:]), o.dtype) for o in outputs]
+                for result, output in zip(results, outputs, strict=True):
+                    result[rows] = output
+                bar.update(len(outputs[0]))
+                begin += len(outputs[0])
+        return results
 
 
 def _conditioning(level: int, positions: Positions, codes: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ import pngs
 Config = TypeVar("Config", bound=Any)
 
 # Not saved with a run.
-RUNTIME_FIELDS = ("run_dir", "devices", "coordinator", "num_processes", "process_index", "previews")
+RUNTIME_FIELDS = ("run_dir", "cache_dir", "devices", "coordinator", "num_processes", "process_index", "previews")
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
 SAMPLING_FIELDS = (
     "num_samples",
@@ -189,6 +189,7 @@ def coerce(config: Any) -> None:
     for name, given, wanted in (
         ("data_dir", str, Path),
         ("run_dir", str, Path),
+        ("cache_dir", str, Path),
         ("start_from", str, Path),
         ("keep", list, tuple),
         ("grids", list, tuple),

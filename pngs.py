@@ -1,13 +1,17 @@
 """Decode PNG slices to grey images of one size."""
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 import stat
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,6 +22,9 @@ BRAIN_THRESHOLD = 0.05  # Pixels that are brighter than this, on the [0, 1] scal
 MAX_SIDE = 4096  # Pixels. Sixteen times the side of an OASIS slice; larger PNGs are refused before they are decoded.
 CROP_MARGIN = 4  # Pixels around the brains, for other subjects and for augmentation.
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+WAITING_PER_WORKER = 16  # PNGs that may be decoded before they are used, for each thread.
+
+Result = TypeVar("Result")
 
 
 class DataError(console.UserError):
@@ -49,68 +56,92 @@ BLANK = "of a single grey level: they are used, but show no brain"
 def decode_all(
     paths: list[Path], image_size: int, skip_broken: bool = False, crop: int = 0
 ) -> tuple[np.ndarray, list[DecodedPng | None]]:
-    """Decode PNGs in parallel, with a progress bar. Warns of unusual ones and says how many there are.
+    """Decode PNGs into one array; see `decode_each`.
+
+    Returns:
+        images: (N, image_size, image_size, 1) uint8. Those of files that were left out are black.
+        decoded: N items, with None for files that were left out. Their `grey` arrays are views of `images`.
+    """
+    images = np.zeros((len(paths), image_size, image_size, 1), np.uint8)
+    decoded: list[DecodedPng | None] = []
+    for image, png in zip(images, decode_each(paths, image_size, skip_broken, crop), strict=True):
+        if png:
+            image[..., 0] = png.grey
+            png = dataclasses.replace(png, grey=image[..., 0])
+        decoded.append(png)
+    return images, decoded
+
+
+def decode_each(
+    paths: list[Path],
+    image_size: int,
+    skip_broken: bool = False,
+    crop: int = 0,
+    warn: Callable[[str], None] = console.warn,
+) -> Iterator[DecodedPng | None]:
+    """Decode PNGs in parallel, with a progress bar, a few at a time. Unusual ones are counted in warnings at the end.
 
     Args:
         paths: N files.
         image_size: Height and width of the images in pixels.
-        skip_broken: Leave the images of files that cannot be read black, and name each file on standard error.
+        skip_broken: Leave out files that cannot be read, with a warning that names each.
         crop: See `decode`.
+        warn: Is given each warning.
 
-    Returns:
-        images: (N, image_size, image_size, 1) uint8.
-        decoded: N items, with None for files that were left out. Their `grey` arrays are views of `images`.
+    Yields:
+        The PNGs in order, with None for files that are left out.
 
     Raises:
         DataError: A file is not a PNG or is broken.
     """
-    images = np.zeros((len(paths), image_size, image_size, 1), np.uint8)
-    decoded: list[DecodedPng | None] = []
     left_out: list[DataError] = []
     odd: dict[str, list[Path]] = {}
     sizes: dict[tuple[int, int], list[Path]] = {}
 
-    def decode_one(i: int) -> DecodedPng | DataError:
+    def decode_one(path: Path) -> DecodedPng | DataError:
         try:
-            png = decode(paths[i], image_size, crop)
+            return decode(path, image_size, crop)
         except DataError as error:
             return error
-        images[i, :, :, 0] = png.grey
-        return dataclasses.replace(png, grey=images[i, :, :, 0])
 
-    with console.progress(len(paths), "slices") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for path, result in zip(paths, pool.map(decode_one, range(len(paths))), strict=True):
-                progress.update(1)
-                if isinstance(result, DecodedPng):
-                    decoded.append(result)
-                    sizes.setdefault(result.size, []).append(path)
-                    for oddity in result.oddities:
-                        odd.setdefault(oddity, []).append(path)
-                elif skip_broken:
-                    decoded.append(None)
-                    left_out.append(result)
-                else:
-                    raise DataError(
-                        f"{result}; replace or remove it, or leave out all such files with --skip-broken-slices"
-                    )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for path, result in zip(paths, _in_parallel(decode_one, paths, "slices"), strict=True):
+        if isinstance(result, DecodedPng):
+            sizes.setdefault(result.size, []).append(path)
+            for oddity in result.oddities:
+                odd.setdefault(oddity, []).append(path)
+            yield result
+        elif skip_broken:
+            left_out.append(result)
+            yield None
+        else:
+            raise DataError(f"{result}; replace or remove it, or leave out all such files with --skip-broken-slices")
     for error in left_out:
-        console.warn(f"left out: {error}")
+        warn(f"left out: {error}")
     for oddity, examples in odd.items():
-        console.warn(f"{len(examples)} slices such as {examples[0].name} are {oddity}")
-    _warn_of_mixed_sizes(sizes, image_size)
-    return images, decoded
+        warn(f"{len(examples)} slices such as {examples[0].name} are {oddity}")
+    if len(sizes) > 1:
+        warn(_describe_mixed_sizes(sizes, image_size))
 
 
-def _warn_of_mixed_sizes(sizes: dict[tuple[int, int], list[Path]], image_size: int) -> None:
-    if len(sizes) < 2:
-        return
+def _in_parallel(function: Callable[[Path], Result], paths: Sequence[Path], unit: str) -> Iterator[Result]:
+    """Yield what a function returns for each path, in order. Only a few results at a time wait until they are used."""
+    remaining, workers = iter(paths), os.cpu_count() or 1
+    with console.progress(len(paths), unit) as progress, ThreadPoolExecutor(workers) as pool:
+
+        def submit(count: int) -> Iterator[Future[Result]]:
+            return (pool.submit(function, path) for path in itertools.islice(remaining, count))
+
+        waiting = collections.deque(submit(WAITING_PER_WORKER * workers))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(submit(1))
+            progress.update(1)
+
+
+def _describe_mixed_sizes(sizes: dict[tuple[int, int], list[Path]], image_size: int) -> str:
     (width, height), most = max(sizes.items(), key=lambda item: len(item[1]))
     others = [path for size, paths in sizes.items() if size != (width, height) for path in paths]
-    console.warn(
+    return (
         f"{len(others)} slices such as {others[0].name} are not {width} × {height} pixels like the other {len(most)}; "
         f"all are resized to {image_size} × {image_size}, whatever the size of a pixel in millimetres"
     )
@@ -133,13 +164,12 @@ def choose_crop(paths: list[Path], crop: int | None) -> tuple[int, int]:
     """
     if crop == 0:
         return 0, 0
-    with console.progress(len(paths), "slices measured") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        measured = []
-        for path, extent in zip(paths, pool.map(_extent, paths), strict=True):
-            measured.append((*extent, path))
-            progress.update(1)
-    needed, _, path = max(measured)
-    sides = {side for _, side, _ in measured if side}
+    needed, path, sides = 0, paths[0], set()
+    for measured, (extent, side) in zip(paths, _in_parallel(_extent, paths, "slices measured"), strict=True):
+        if side:
+            sides.add(side)
+        if extent > needed:
+            needed, path = extent, measured
     if crop is None:
         chosen = 16 * -(-(needed + 2 * CROP_MARGIN) // 16)
         return (chosen, max(sides)) if needed and len(sides) == 1 and chosen < max(sides) else (0, 0)

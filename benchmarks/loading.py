@@ -3,9 +3,10 @@
     python -m benchmarks.loading [--data-dir FOLDER] [--image-size 256] [--num-slices 2000]
 
 Each method runs in a process of its own, three times in turn; the median counts. All read the same files from the
-cache of the operating system and end with one pass over all batches. "ours" is dataset.py. "student" is a Python loop
-that calls `keras.utils.load_img` and makes one float array per file, which are stacked at the end: as it was written
-(RGB, the default of Keras), and in grey. Memory is the peak of the process, less what it held after the imports.
+cache of the operating system and end with one pass over all batches. "ours" decodes into memory with pngs.py and makes
+batches with dataset.py; `benchmarks.large` is about slices in a file. "student" is a Python loop that calls
+`keras.utils.load_img` and makes one float array per file, which are stacked at the end: as it was written (RGB, the
+default of Keras), and in grey. Memory is the peak of the process, less what it held after the imports.
 """
 
 import statistics

@@ -32,3 +32,11 @@ def pytest_fixture_setup(fixturedef):
 def pytest_runtest_call():
     """Start each test from the same random state, whatever its fixtures have drawn."""
     randomness.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_folder(tmp_path_factory):
+    """Keep decoded slices of tests, also of the processes that they start, out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

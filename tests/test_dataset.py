@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import console
 import dataset
 import naming
 import phantom
+import pngs
 from tests.test_pngs import brain
 
 
@@ -356,6 +358,144 @@ def test_synthetic_slices_are_whole(monkeypatch):
     whole, cropped = (dataset.load(None, 32, seed=1, synthetic_subjects=3, crop=crop) for crop in (0, None))
     assert dataset.fingerprint(whole) == dataset.fingerprint(cropped)
     assert cropped["train"].crop == cropped["train"].frame_size == 0
+
+
+# ------------------------------------------------------------------------------- decoded slices on disk
+
+
+def in_memory(slices: dict[str, dataset.Slices]) -> dict[str, dataset.Slices]:
+    """The same slices as arrays in memory, of which nothing is known already."""
+    return {split: dataclasses.replace(some, images=np.array(some.images)) for split, some in slices.items()}
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[int]:
+    """How many PNGs are decoded, each time that some are."""
+    counts, decode_each = [], pngs.decode_each
+
+    def count(paths, *arguments):
+        counts.append(len(paths))
+        return decode_each(paths, *arguments)
+
+    monkeypatch.setattr(pngs, "decode_each", count)
+    return counts
+
+
+def test_cached_slices_are_what_decoding_gives(data_dir, tmp_path, decoded):
+    Image.new("L", (8, 8)).save(data_dir / "keras_png_slices_train" / "case_000_slice_5.nii.png")
+    first, again = (dataset.load(data_dir, 8, seed=0, cache_dir=tmp_path / "cache") for _ in range(2))
+    assert decoded == [13]
+    for split, files in dataset.find(data_dir).items():
+        expected, _ = pngs.decode_all([file.path for file in files], 8)
+        for slices in (first[split], again[split]):
+            assert isinstance(slices.images, np.memmap)
+            assert np.array_equal(slices.images, expected)
+            assert slices.positions.tolist() == [file.position for file in files]
+            assert slices.subjects.tolist() == [file.subject for file in files]
+    copies = in_memory(again)
+    for slices in (first, again):
+        assert dataset.fingerprint(slices) == dataset.fingerprint(copies)
+        assert dataset.pixel_variance(slices["train"]) == dataset.pixel_variance(copies["train"])
+        assert dataset.pixel_variance(copies["train"]) == pytest.approx((copies["train"].images / 255).var())
+
+
+def test_what_is_known_of_cached_slices_is_not_said_of_others(data_dir):
+    slices = dataset.load(data_dir, 8, seed=0)
+    changed = {split: dataclasses.replace(some, images=255 - some.images) for split, some in slices.items()}
+    assert dataset.fingerprint(changed) != dataset.fingerprint(slices)
+    assert changed["test"].histogram.tolist() == slices["test"].histogram.tolist()[::-1]
+
+
+@pytest.mark.parametrize("change", ["pixels", "time", "added", "removed", "renamed"])
+def test_slices_are_decoded_again_if_a_file_has_changed(data_dir, tmp_path, decoded, change):
+    folder, cache_dir = data_dir / "keras_png_slices_train", tmp_path / "cache"
+    before = dataset.load(data_dir, 8, seed=0, cache_dir=cache_dir)
+    path = folder / "case_001_slice_1.nii.png"
+    if change == "pixels":
+        brain(99).save(path)
+    elif change == "time":
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    elif change == "added":
+        brain(99).save(folder / "case_001_slice_2.nii.png")
+    elif change == "removed":
+        path.unlink()
+    else:
+        path.rename(folder / "case_001_slice_3.nii.png")
+    after = dataset.load(data_dir, 8, seed=0, cache_dir=cache_dir)
+    expected, _ = pngs.decode_all([file.path for file in dataset.find(data_dir)["train"]], 8)
+    assert np.array_equal(after["train"].images, expected)
+    assert (dataset.fingerprint(before) == dataset.fingerprint(after)) == (change == "time")
+    assert len(decoded) == 3
+    assert len([path for path in cache_dir.iterdir() if path.is_dir()]) == 1
+
+
+def test_other_settings_and_splits_have_files_of_their_own(tmp_path, decoded):
+    data_dir, cache_dir = make_layout(tmp_path, "flat"), tmp_path / "cache"
+    settings = [{"image_size": 8, "seed": 0}, {"image_size": 16, "seed": 0}, {"image_size": 8, "seed": 1}]
+    for options in [*settings, *settings]:
+        slices = dataset.load(data_dir, cache_dir=cache_dir, **options)
+        assert slices["train"].images.shape[1] == options["image_size"]
+        expected = {file.subject for file in dataset.find(data_dir, options["seed"])["test"]}
+        assert set(slices["test"].subjects) == expected
+    assert decoded == [20] * 3
+
+
+def test_a_moved_folder_need_not_be_decoded_again(data_dir, tmp_path, decoded):
+    before = dataset.load(data_dir, 8, seed=0, cache_dir=tmp_path / "cache")
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    for path in data_dir.glob("keras*"):
+        path.rename(folder / path.name)
+    after = dataset.load(folder, 8, seed=0, cache_dir=tmp_path / "cache")
+    assert len(decoded) == 1
+    assert dataset.fingerprint(before) == dataset.fingerprint(after)
+
+
+def test_warnings_are_repeated_and_broken_files_stay_left_out(data_dir, capsys):
+    broken = data_dir / "keras_png_slices_train" / "case_001_slice_1.nii.png"
+    broken.write_bytes(b"")
+    first, again = (load(data_dir, capsys, skip_broken=True) for _ in range(2))
+    assert first == again
+    assert f"left out: {broken}: is empty" in again
+    assert load(data_dir, capsys).startswith(f"{broken}: is empty")
+
+
+def test_slices_that_change_while_they_are_read_are_refused(data_dir, tmp_path, capsys, monkeypatch):
+    fingerprint, path = dataset.fingerprint, data_dir / "keras_png_slices_train" / "case_001_slice_1.nii.png"
+
+    def change(slices):
+        brain(99).save(path)
+        return fingerprint(slices)
+
+    monkeypatch.setattr(dataset, "fingerprint", change)
+    message = load(data_dir, capsys, cache_dir=tmp_path / "cache")
+    assert message.startswith(f"{data_dir}: slices were changed while they were read")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_a_disk_without_space_is_refused_in_one_line(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 700}))
+    message = load(data_dir, capsys, cache_dir=tmp_path / "cache")
+    assert message.startswith(f"cache_dir is {tmp_path / 'cache'}: decoded slices need 7.68e-07 GB")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("settings", [{}, {"seed": 3}, {"seed": 3, "augmented": True, "first_epoch": 1}], ids=str)
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)], ids=str)
+def test_batches_of_cached_slices_are_those_of_slices_in_memory(data_dir, settings, shard):
+    cached = dataset.load(data_dir, 8, seed=0)["train"]
+    images = np.concatenate([pngs.decode(f.path, 8).grey[None, ..., None] for f in dataset.find(data_dir)["train"]])
+    reference = dataset.Slices(images, cached.positions, cached.subjects)
+    batches, expected = (
+        [
+            tf.nest.map_structure(np.array, batch)
+            for batch in dataset.image_batches(s, 4, shard=shard, **settings).take(7)
+        ]
+        for s in (cached, reference)
+    )
+    assert len(batches) == len(expected) == (7 if settings else 2)
+    for own, other in zip(batches, expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(own, other, strict=True))
 
 
 # --------------------------------------------------------------------------------------------- feeding
