@@ -377,7 +377,7 @@ class CausalAttention(keras.layers.Layer):
         keys, values = write_row(state["keys"], newest[0]), write_row(state["values"], newest[1])
         cells = [ops.reshape(rows, (-1, self.num_heads, height * width, self.head_size)) for rows in (keys, values)]
         allowed = ops.arange(height * width) < ops.cast(row * width, "int32")
-        found = ops.transpose(self._attend(queries, *cells, allowed[None]), (2, 0, 1, 3))
+        found = ops.transpose(self._attend(queries, cells[0], cells[1], allowed[None]), (2, 0, 1, 3))
         attended = self.out(ops.reshape(found, ops.shape(vertical)))
         return {"keys": keys, "values": values, "newest": state["newest"], "attended": attended}, vertical + attended
 
