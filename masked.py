@@ -63,9 +63,10 @@ class MaskedConv2D(keras.layers.Layer):
         centre = kernel_size // 2
         self.margins = [((centre - t[0]) * dilation, (t[-1] - centre) * dilation) for t in (rows, columns)]
         # For cached sampling: the number of kernel rows that cover complete rows, the number of taps in the current
-        # row, and how many recent rows and cells they span.
+        # row, how many zeros pad a row on each side, and how many recent rows and cells the taps span.
         self.row_taps = {"v": len(rows), "h": 0}.get(mask[0], centre)
         self.cell_taps = 0 if mask[0] == "v" else centre + mask.endswith("B")
+        self.side = centre * dilation
         self.row_span = self.row_taps * dilation - (dilation - 1) * (mask == "vertical B")
         self.cell_span = self.cell_taps * dilation - (dilation - 1) * mask.endswith("B")
 
@@ -102,23 +103,24 @@ class MaskedConv2D(keras.layers.Layer):
         return ops.conv(inputs, kernel, padding="valid", dilation_rate=self.dilation) + self.bias
 
     def empty_rows(self, batch_size: Any, width: int) -> Tensor:
-        """Return the cache of `next_row` before the first row: (B, row_span, w, C)."""
-        return ops.zeros((batch_size, self.row_span, width, self.kernel.shape[2]))
+        """Return the cache of `next_row` before the first row, with the padding: (row_span, w + 2 · side, B, C)."""
+        return ops.zeros((self.row_span, width + 2 * self.side, batch_size, self.kernel.shape[2]))
 
     def empty_cells(self, batch_size: Any) -> Tensor:
-        """Return the cache of `next_cell` at the start of a row: (B, cell_span, C)."""
-        return ops.zeros((batch_size, self.cell_span, self.kernel.shape[2]))
+        """Return the cache of `next_cell` at the start of a row: (cell_span, B, C)."""
+        return ops.zeros((self.cell_span, batch_size, self.kernel.shape[2]))
 
     def next_row(self, rows: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new cache, and what complete rows contribute to an output row, with the bias: (B, w, filters).
+        """Return the new cache, and what complete rows contribute to an output row, with the bias: (w, B, filters).
 
-        `newest` (B, w, C) is the input row above the output row or, for "vertical B", the one at the output row.
+        `newest` (w, B, C) is the input row above the output row or, for "vertical B", the one at the output row.
         """
-        rows = ops.concatenate([rows[:, 1:], newest[:, None]], axis=1)
-        side = self.kernel_size // 2 * self.dilation
-        padded = ops.pad(rows[:, :: self.dilation], ((0, 0), (0, 0), (side, side), (0, 0)))
-        kernel = self.kernel[: self.row_taps]
-        return rows, ops.conv(padded, kernel, padding="valid", dilation_rate=(1, self.dilation))[:, 0] + self.bias
+        padded = ops.pad(newest, ((self.side, self.side), (0, 0), (0, 0)))
+        rows = ops.concatenate([rows[1:], padded[None]])
+        lines = [rows[i] for i in range(0, self.row_span, self.dilation)]
+        columns = range(0, 2 * self.side + 1, self.dilation)
+        taps = [line[column : column + newest.shape[0]] for line in lines for column in columns]
+        return rows, self._product(taps, 0) + self.bias
 
     def next_cell(self, cells: Tensor, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new cache, and what the current row contributes to an output cell: (B, filters).
@@ -126,10 +128,19 @@ class MaskedConv2D(keras.layers.Layer):
         `newest` (B, C) is the input to the left of the output cell or, for a mask B, the one at the output cell. The
         bias is included unless `next_row` adds it.
         """
-        cells = ops.concatenate([cells[:, 1:], newest[:, None]], axis=1)
-        kernel = ops.reshape(self.kernel[-1, : self.cell_taps], (-1, self.filters))
-        output = ops.reshape(cells[:, :: self.dilation], (-1, kernel.shape[0])) @ kernel
+        cells = ops.concatenate([cells[1:], newest[None]])
+        taps = [cells[i] for i in range(0, self.cell_span, self.dilation)]
+        output = self._product(taps, self.row_taps * self.kernel_size)
         return cells, output if self.row_taps else output + self.bias
+
+    def _product(self, taps: Sequence[Tensor], first: int) -> Tensor:
+        """Return the sum of products of inputs (..., C) with consecutive taps of the kernel from `first` on.
+
+        One matrix product is faster than a convolution of so few rows, and the slice of the kernel is not a copy.
+        """
+        size = self.kernel.shape[2]
+        kernel = ops.reshape(self.kernel, (-1, self.filters))[first * size : (first + len(taps)) * size]
+        return ops.matmul(ops.concatenate(taps, axis=-1), kernel)
 
 
 # --------------------------------------------------------------------------------------------- PixelCNN layers
@@ -171,9 +182,9 @@ class Stem(keras.layers.Layer):
 
     def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
         rows, above = self.vertical.next_row(state["rows"], vertical)
-        above = above + ops.take(self.position_embedding, row, axis=0)
-        cells = self.horizontal.empty_cells(ops.shape(vertical)[0])
-        return {"rows": rows, "cells": cells, "above": ops.swapaxes(above, 0, 1)}, above
+        above = above + ops.take(self.position_embedding, row, axis=0)[:, None]
+        cells = self.horizontal.empty_cells(ops.shape(vertical)[1])
+        return {"rows": rows, "cells": cells, "above": above}, above
 
     def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
         cells, left = self.horizontal.next_cell(state["cells"], horizontal)
@@ -224,8 +235,8 @@ class GatedBlock(keras.layers.Layer):
 
     def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
         rows, above = self.vertical.next_row(state["rows"], vertical)
-        condition, cells = self.condition(condition), self.horizontal.empty_cells(ops.shape(vertical)[0])
-        state = {"rows": rows, "cells": cells, "above": ops.swapaxes(self.across(above) + condition, 0, 1)}
+        condition, cells = self.condition(condition), self.horizontal.empty_cells(ops.shape(vertical)[1])
+        state = {"rows": rows, "cells": cells, "above": self.across(above) + condition}
         return state, self._update_vertical(vertical, above + condition)
 
     def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
@@ -272,13 +283,13 @@ class PlainBlock(keras.layers.Layer):
         return features + self.expand(self.dropout(ops.relu(inner), training=training))
 
     def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
-        rows = self.masked.empty_rows(batch_size, grid_size[1])
-        return {"rows": rows, "newest": ops.swapaxes(rows[:, 0], 0, 1)}  # the row above is written cell by cell
+        row = ops.zeros((grid_size[1], batch_size, self.masked.filters))
+        return {"rows": self.masked.empty_rows(batch_size, grid_size[1]), "newest": row}  # written cell by cell
 
     def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
-        rows, above = self.masked.next_row(state["rows"], ops.swapaxes(state["newest"], 0, 1))
-        above = ops.swapaxes(above + self.condition(condition), 0, 1)
-        cells = self.masked.empty_cells(ops.shape(rows)[0])
+        rows, above = self.masked.next_row(state["rows"], state["newest"])
+        cells = self.masked.empty_cells(ops.shape(vertical)[1])
+        above = above + self.condition(condition)
         return {"rows": rows, "newest": state["newest"], "cells": cells, "above": above}, vertical
 
     def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
@@ -321,52 +332,54 @@ class CausalAttention(keras.layers.Layer):
         _, height, width, filters = vertical.shape
         rows = np.arange(height * width) // width
         cells = [ops.reshape(stack, (-1, height * width, filters)) for stack in stacks]
-        features = self.key_norm(cells[1])
-        attended = self._attend(cells[0], self.key(features), self.value(features), rows[:, None] > rows)
-        attended = self.dropout(ops.reshape(attended, (-1, height, width, filters)), training=training)
+        queries, keys, values = (ops.transpose(part, (0, 2, 1, 3)) for part in self._project(*cells))
+        found = ops.transpose(self._attend(queries, keys, values, rows[:, None] > rows), (0, 2, 1, 3))
+        attended = self.out(ops.reshape(found, (-1, height, width, filters)))
+        attended = self.dropout(attended, training=training)
         return vertical + attended, horizontal + attended
 
-    def _attend(self, vertical: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-        """Return what the cells of the vertical stack find.
+    def _project(self, vertical: Tensor, horizontal: Tensor) -> list[Tensor]:
+        """Return queries, keys and values, (..., heads, head size) each, of stacks (..., filters)."""
+        features = self.key_norm(horizontal)
+        parts = self.query(self.query_norm(vertical)), self.key(features), self.value(features)
+        return [ops.reshape(part, (*ops.shape(part)[:-1], self.num_heads, self.head_size)) for part in parts]
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+        """Return what each query finds, (B, heads, queries, head size).
 
         Args:
-            vertical: (B, queries, filters).
-            keys, values: (B, cells, filters).
+            queries: (B, heads, queries, head size).
+            keys, values: (B, heads, cells, head size).
             allowed: Which cells each query may attend to, (queries or 1, cells) bool. A query without any finds zeros.
-
-        Returns:
-            (B, queries, filters).
         """
-
-        def by_head(features: Tensor) -> Tensor:
-            split = ops.reshape(features, (-1, features.shape[1], self.num_heads, self.head_size))
-            return ops.transpose(split, (0, 2, 1, 3))  # (B, heads, cells, head size)
-
-        query = by_head(self.query(self.query_norm(vertical)))
-        scores = ops.matmul(query, ops.transpose(by_head(keys), (0, 1, 3, 2))) / self.head_size**0.5
-        weights = ops.softmax(ops.where(allowed, ops.cast(scores, "float32"), -1e9)) * ops.cast(allowed, "float32")
-        found = ops.transpose(ops.matmul(ops.cast(weights, values.dtype), by_head(values)), (0, 2, 1, 3))
-        return self.out(ops.reshape(found, (-1, vertical.shape[1], self.num_heads * self.head_size)))
+        scores = ops.matmul(queries / self.head_size**0.5, ops.swapaxes(keys, 2, 3))
+        weights = ops.softmax(ops.where(allowed, ops.cast(scores, "float32"), -1e9))
+        found = ops.matmul(ops.cast(weights, values.dtype), values)
+        return found * ops.cast(ops.any(allowed, axis=-1, keepdims=True), found.dtype)
 
     def start(self, batch_size: Any, grid_size: Sequence[int]) -> State:
         height, width = grid_size
         row = ops.zeros((width, batch_size, self.num_heads * self.head_size))
-        rows = ops.zeros((height, width, batch_size, self.num_heads * self.head_size))
+        rows = ops.zeros((batch_size, self.num_heads, height, width, self.head_size))
         return {"keys": rows, "values": rows, "newest": row}  # the row above is written cell by cell
 
     def row(self, state: State, vertical: Tensor, condition: Tensor, row: Tensor) -> tuple[State, Tensor]:
-        features, above = self.key_norm(state["newest"]), ops.maximum(row - 1, 0)
-        keys = write(state["keys"], above, self.key(features))  # (h, w, B, filters)
-        values = write(state["values"], above, self.value(features))
-        (height, width), filters = keys.shape[:2], keys.shape[-1]
+        parts = self._project(vertical, state["newest"])
+        queries, *newest = (ops.transpose(part, (1, 2, 0, 3)) for part in parts)  # (B, heads, w, head size)
+        height, width = state["keys"].shape[2:4]
 
-        def by_grid(rows: Tensor) -> Tensor:  # (h, w, B, filters) as (B, h·w, filters)
-            return ops.swapaxes(ops.reshape(rows, (height * width, -1, filters)), 0, 1)
+        def write_row(rows: Tensor, newest: Tensor) -> Tensor:
+            flat = ops.reshape(rows, (-1, width, self.head_size))
+            index = ops.arange(ops.shape(flat)[0] // height) * height + ops.maximum(ops.cast(row, "int32") - 1, 0)
+            newest = ops.reshape(newest, (-1, width, self.head_size))
+            return ops.reshape(ops.scatter_update(flat, index[:, None], newest), ops.shape(rows))
 
+        keys, values = write_row(state["keys"], newest[0]), write_row(state["values"], newest[1])
+        cells = [ops.reshape(rows, (-1, self.num_heads, height * width, self.head_size)) for rows in (keys, values)]
         allowed = ops.arange(height * width) < ops.cast(row * width, "int32")
-        attended = self._attend(vertical, by_grid(keys), by_grid(values), allowed[None])
-        state = {"keys": keys, "values": values, "newest": state["newest"], "attended": ops.swapaxes(attended, 0, 1)}
-        return state, vertical + attended
+        found = ops.transpose(self._attend(queries, cells[0], cells[1], allowed[None]), (2, 0, 1, 3))
+        attended = self.out(ops.reshape(found, ops.shape(vertical)))
+        return {"keys": keys, "values": values, "newest": state["newest"], "attended": attended}, vertical + attended
 
     def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
         newest = write(state["newest"], column, horizontal)

@@ -206,13 +206,13 @@ class CachedLayer(Protocol):
 
         Args:
             state: The state.
-            vertical: This row of the layer's vertical stack, (B, w, C). The first layer gets the embedded codes of the
+            vertical: This row of the layer's vertical stack, (w, B, C). The first layer gets the embedded codes of the
                 row above instead. The plain PixelCNN has no vertical stack, and its layers ignore this.
-            condition: Features of this row that the layer is conditioned on, (B, w or 1, filters).
+            condition: Features of this row that the layer is conditioned on, (w or 1, B, filters).
             row: Index of the row, a scalar int32.
 
         Returns:
-            The new state, and this row of the next layer's vertical stack, (B, w, filters).
+            The new state, and this row of the next layer's vertical stack, (w, B, filters).
         """
 
     def cell(self, state: State, horizontal: Tensor, column: Tensor) -> tuple[State, Tensor]:
@@ -254,8 +254,8 @@ def cached_sampling(
     (height, width), batch_size = prior.grid_size, ops.shape(inputs)[-1]
     layers: list[CachedLayer] = [prior.stem, *prior.blocks]
     condition = prior.condition(conditioning)  # (B, h or 1, w or 1, filters)
-    condition = ops.swapaxes(ops.repeat(condition, height // condition.shape[1], axis=1), 0, 1)  # (h, B, w or 1, …)
-    nothing = ops.zeros((batch_size, width, prior.embedding.output_dim))  # above and to the left of the grid
+    condition = ops.repeat(ops.transpose(condition, (1, 2, 0, 3)), height // condition.shape[1], axis=0)
+    nothing = ops.zeros((width, batch_size, prior.embedding.output_dim))  # above and to the left of the grid
 
     def next_row(row: Tensor, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         codes, above, states = carried
@@ -275,9 +275,9 @@ def cached_sampling(
             return write(codes, column, sampled), prior.embedding(sampled), cell_states
 
         row_codes = ops.zeros((width, batch_size), dtype="int32")
-        row_codes, _, row_states = ops.fori_loop(0, width, next_cell, (row_codes, nothing[:, 0], row_states))
+        row_codes, _, row_states = ops.fori_loop(0, width, next_cell, (row_codes, nothing[0], row_states))
         kept = [{name: after[name] for name in before} for before, after in zip(states, row_states, strict=True)]
-        return write(codes, row, row_codes), ops.swapaxes(prior.embedding(row_codes), 0, 1), kept
+        return write(codes, row, row_codes), prior.embedding(row_codes), kept
 
     codes = ops.zeros((height, width, batch_size), dtype="int32")
     states = [layer.start(batch_size, prior.grid_size) for layer in layers]

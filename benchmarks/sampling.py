@@ -150,7 +150,7 @@ def main(options: Options) -> dict[str, Any]:
         numbers[f"speedup_over_compiled_{grid}x{grid}"] = seconds["compiled full passes"] / fastest
 
     print(f"\n{'grid':>8} {'batch':>6} {'seconds':>9} {'µs per position':>15} {'µs per code':>11} {'GFLOP/s':>8}")
-    sizes = [(grid, options.batch_size) for grid in (8, *options.grids, 48)] + [(12, size) for size in (1, 5, 80)]
+    sizes = [(grid, options.batch_size) for grid in (8, *options.grids, 48)] + [(12, size) for size in (1, 5, 80, 360)]
     for grid, batch_size in sizes:
         prior = stages.make_prior(driver.Config(grids=(grid,)))
         spent = median_seconds(cached_sampling(prior, batch_size), options.repeats)
