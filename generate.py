@@ -235,7 +235,7 @@ def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
     networks |= dict(zip(model.prior_names(len(generator.priors)), generator.priors, strict=True))
     networks |= {"decoder": generator.decoder} if generator.decoder else {}
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    config["constants"] |= {"data_dir": None, "start_from": None}
+    config["constants"] |= {"data_dir": None, "start_from": None, "keep": []}
     with atomic_path(folder) as unfinished:
         unfinished.mkdir()
         for name, network in networks.items():
