@@ -42,7 +42,7 @@ import pngs
 from generator import Generator
 
 PAGE = Path(__file__).with_name("app.html")
-WEIGHTS = Path(__file__).with_name("weights") / "oasis96"  # A compact copy of a run; see generate.py.
+WEIGHTS = Path(__file__).with_name("weights") / "oasis192"  # A compact copy of a run; see generate.py.
 LOCAL = ("127.0.0.1", "localhost")
 ANY = ("0.0.0.0", "")  # All addresses of the machine.
 MAX_BODY = 128 * 2**20  # bytes of a request: a compressed volume with 1 mm voxels has about 10 MB

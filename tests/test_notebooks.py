@@ -50,7 +50,7 @@ def test_the_tour_comes_with_its_pictures_and_without_paths():
 
 
 def test_the_tour_draws_at_positions_of_the_training_slices():
-    config = json.loads((ROOT / "weights" / "oasis96" / "config.json").read_text())
+    config = json.loads((ROOT / "weights" / "oasis192" / "config.json").read_text())
     text = (ROOT / "notebooks" / "tour.ipynb").read_text(encoding="utf-8")
     (positions,) = re.findall(r"positions = (\[[\d, ]+\])", text)
     others = re.findall(r"sample(?:_codes)?\(\[(\d+)\]|position=(\d+)", text)
