@@ -33,7 +33,7 @@ SETTINGS = {"seed": 5, "temperature": 1.0, "top_p": 1.0}
 @pytest.fixture(scope="module")
 def studio() -> app.Studio:
     small = test_generator.make((4,))
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae))
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae, detail_channels=8))
     return app.Studio(small.replace(decoder=decoder), "small", np.array([30.0, 10.0, 20.0]))
 
 

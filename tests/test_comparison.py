@@ -159,7 +159,7 @@ def test_no_classifier_is_trained_on_test_subjects(results, compared):
 
 def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
     vqvae = results.generator.vqvae
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae))
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae, detail_channels=8))
     sharpened = Generator(vqvae, results.generator.priors, results.generator.positions, decoder=decoder)
     drawn = {
         split: replace(samples, images=sharpened.draw(samples.codes))

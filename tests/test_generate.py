@@ -19,7 +19,9 @@ from tests import test_generator
 def made() -> Generator:
     """Small networks with a sharp decoder."""
     small = test_generator.make((4,))
-    return small.replace(decoder=test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae)))
+    return small.replace(
+        decoder=test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae, detail_channels=8))
+    )
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ def test_exported_networks_compute_the_same(tmp_path, monkeypatch, grids, is_sha
     pytest.importorskip("tf2onnx")
     generator = test_generator.make(grids)
     if is_sharp:
-        decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(generator.vqvae))
+        decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(generator.vqvae, detail_channels=8))
         generator = generator.replace(decoder=decoder)
     monkeypatch.setattr(Generator, "load", lambda folder: generator)
     generate.main(generate.Options(tmp_path / "run", export=tmp_path / "brains.onnx"))

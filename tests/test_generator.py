@@ -281,7 +281,7 @@ def test_without_a_sharp_decoder_the_vqvae_draws(made, images):
 
 
 def test_what_is_drawn_depends_on_seed_and_purpose_and_not_on_the_batch_size(made, images):
-    decoder = with_random_weights(sharp.SharpDecoder.untrained(made.vqvae))
+    decoder = with_random_weights(sharp.SharpDecoder.untrained(made.vqvae, detail_channels=8))
     large, small = (Generator(made.vqvae, made.priors, POSITIONS, size, decoder=decoder) for size in (3, 1))
     codes = made.encode(images)
     drawn = large.draw(codes, 1)
