@@ -312,16 +312,26 @@ class GridAttention(keras.layers.Layer):
 
     def __init__(self, filters: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        num_heads = max(1, filters // HEAD_SIZE)
+        self.num_heads = max(1, filters // HEAD_SIZE)
         self.norm = keras.layers.RMSNormalization(name="norm")
-        self.attention = keras.layers.MultiHeadAttention(num_heads, filters // num_heads, name="attention")
+        self.query, self.key, self.value = (
+            keras.layers.Dense(filters, name=name) for name in ("query", "key", "value")
+        )
         self.out = keras.layers.Dense(filters, kernel_initializer="zeros", name="out")
 
     def call(self, features: Tensor) -> Tensor:
         """(B, h, w, filters) -> the same shape."""
         _, height, width, filters = features.shape
         cells = ops.reshape(self.norm(features), (-1, height * width, filters))
-        found = self.attention(cells, cells)
+
+        def by_head(cells: Tensor) -> Tensor:  # (B, cells, filters) as (B, heads, cells, head size)
+            split = ops.reshape(cells, (-1, height * width, self.num_heads, filters // self.num_heads))
+            return ops.transpose(split, (0, 2, 1, 3))
+
+        query, key, value = (by_head(layer(cells)) for layer in (self.query, self.key, self.value))
+        scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) / (filters // self.num_heads) ** 0.5
+        weights = ops.cast(ops.softmax(ops.cast(scores, "float32")), value.dtype)
+        found = ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
         return features + self.out(ops.reshape(found, (-1, height, width, filters)))
 
 

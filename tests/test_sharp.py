@@ -8,6 +8,7 @@ from keras import ops
 
 import model
 import sharp
+import training
 from tests import test_generator
 from tests.randomness import RNG
 
@@ -170,3 +171,10 @@ def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
     decoder.save(tmp_path / "decoder.keras")
     inputs = inputs_of(some_codes(vqvae))
     np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "decoder.keras")(inputs), decoder(inputs))
+
+
+def test_a_saved_decoder_does_not_depend_on_what_was_made_before(vqvae, tmp_path):
+    for name in ("one", "two"):
+        keras.utils.set_random_seed(0)
+        training.save_model(untrained(vqvae), tmp_path / f"{name}.keras")
+    assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
