@@ -195,12 +195,12 @@ class VelocityNetwork(keras.Model):
 
     Args:
         image_size: Height and width of an image in pixels.
-        channels: Number of channels at the finest resolution; the next have 1.5 and 2 times as many. A multiple of 64.
+        channels: Number of channels at the finest resolution; the next have 1.5 and 2 times as many.
     """
 
     def __init__(self, image_size: int, channels: int, name: str = "velocity", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
-        self.side = 2 ** max(0, round(math.log2(image_size / WORKING_SIZE)))  # of the square that a cell stands for
+        self.side = math.gcd(image_size, 2 ** max(0, round(math.log2(image_size / WORKING_SIZE))))  # of a cell's square
         widths = [channels, 3 * channels // 2, 2 * channels]
         convolution = {"kernel_size": 3, "padding": "same"}
         self.embed_time = [
@@ -245,7 +245,8 @@ class VelocityNetwork(keras.Model):
         for i in reversed(range(len(self.up_blocks))):
             if i < len(self.ups):
                 features = self.ups[i](self.enlarge(features))
-                features = ops.concatenate([features, skipped[i]], axis=-1)
+                height, width = skipped[i].shape[1:3]  # Odd sizes are rounded up when they are halved.
+                features = ops.concatenate([features[:, :height, :width], skipped[i]], axis=-1)
             features = self.up_blocks[i](features, time)
         return from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
 
@@ -312,7 +313,7 @@ class GridAttention(keras.layers.Layer):
 
     def __init__(self, filters: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_heads = max(1, filters // HEAD_SIZE)
+        self.num_heads = math.gcd(filters, max(1, filters // HEAD_SIZE))
         self.norm = keras.layers.RMSNormalization(name="norm")
         self.query, self.key, self.value = (
             keras.layers.Dense(filters, name=name) for name in ("query", "key", "value")

@@ -97,6 +97,13 @@ def test_an_untrained_network_predicts_no_velocity_and_knows_the_time_afterwards
     assert np.abs(ops.convert_to_numpy(network(early)) - ops.convert_to_numpy(network(late))).max() > 1e-3
 
 
+@pytest.mark.parametrize(("size", "channels"), [(18, 2), (50, 50), (150, 8)])
+def test_any_image_size_and_number_of_channels_works(size, channels):
+    images = np.zeros((1, size, size, 1), np.float32)
+    velocity = sharp.VelocityNetwork(size, channels)({"detail": images, "faithful": images, "time": np.ones(1)})
+    assert velocity.shape == images.shape
+
+
 def test_all_parts_of_an_image_influence_each_other():
     network, images = sharp.VelocityNetwork(32, 8), RNG.random((1, 32, 32, 1), np.float32)
     changed = images.copy()
