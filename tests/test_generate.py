@@ -197,8 +197,9 @@ def test_a_folder_with_files_is_not_written_to(run, tmp_path):
 
 
 def test_a_folder_without_a_run_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    arguments = ["generate.py", str(tmp_path), "--output", str(tmp_path / "output")]
-    monkeypatch.setattr("sys.argv", arguments)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setattr("sys.argv", ["generate.py", str(empty), "--output", str(tmp_path / "output")])
     assert generate.command_line() == 2
     printed = capsys.readouterr().err
     assert "contains no run" in printed
