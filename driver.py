@@ -68,10 +68,10 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
-    decoder_epochs: int = 12  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
-    decoder_batch_size: int = 8  # slices per training step of the sharp decoder
+    decoder_epochs: int = 14  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
+    decoder_batch_size: int = 2  # slices per training step of the sharp decoder
     decoder_learning_rate: float = 1e-3  # peak, as above
-    decoder_channels: int = 64  # of the sharp decoder's finest resolution; coarser ones have up to twice as many
+    decoder_channels: int = 32  # of the sharp decoder's finest resolution; coarser ones have up to four times as many
 
     num_samples: int = 20  # number of generated slices in samples/
     measured_slices: int = 1000  # maximum number of validation and test slices that are compared with samples

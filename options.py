@@ -84,7 +84,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "prior_blocks": 4,
             "prior_epochs": 8,
             "decoder_epochs": 8,
-            "decoder_channels": 32,
+            "decoder_batch_size": 4,
+            "decoder_channels": 16,
         },
     ),
     "student96": (

@@ -26,7 +26,7 @@ import model
 import seeds
 from layers import PACKAGE, Shape, Tensor, replica_index_and_count, resize
 
-WORKING_SIZE = 48  # Resolution at which the network works, about; each of its cells is a square of pixels.
+WORKING_SIZE = 96  # Resolution at which the network works, about; each of its cells is a square of pixels.
 TIME_FEATURES = 128  # Number of features that describe the time.
 HEAD_SIZE = 32  # Channels of each attention head.
 NUM_STEPS = 4  # Steps from noise to detail, each with two evaluations of the network.
@@ -65,7 +65,7 @@ class SharpDecoder(keras.Model):
         num_embeddings: int,
         embedding_dim: int,
         background_code: bool,
-        detail_channels: int = 64,
+        detail_channels: int = 32,
         detail_scale: float = 0.1,
         name: str = "decoder",
         **kwargs: Any,
@@ -190,18 +190,19 @@ class VelocityNetwork(keras.Model):
     """Predicts the velocity from noise to detail: a U-Net (Ronneberger et al. 2015) with attention.
 
     Squares of pixels become the channels of one cell, so that the network always works at a resolution of about
-    `WORKING_SIZE`. It halves the resolution twice and doubles it again. Cells of the coarsest resolution attend to each
-    other, so that the two halves of a brain can agree.
+    `WORKING_SIZE`. It halves the resolution three times and doubles it again. Cells of the coarsest resolution attend
+    to each other, so that the two halves of a brain can agree.
 
     Args:
         image_size: Height and width of an image in pixels.
-        channels: Number of channels at the finest resolution; the next have 1.5 and 2 times as many.
+        channels: Number of channels at the finest resolution; the next ones have twice and four times as many.
     """
 
     def __init__(self, image_size: int, channels: int, name: str = "velocity", **kwargs: Any) -> None:
-        super().__init__(name=name, **kwargs)
+        # Times and noise enter as they are; each layer casts what it gets.
+        super().__init__(name=name, autocast=False, **kwargs)
         self.side = math.gcd(image_size, 2 ** max(0, round(math.log2(image_size / WORKING_SIZE))))  # of a cell's square
-        widths = [channels, 3 * channels // 2, 2 * channels]
+        widths = [channels, 2 * channels, 4 * channels, 4 * channels]
         convolution = {"kernel_size": 3, "padding": "same"}
         self.embed_time = [
             keras.layers.Dense(TIME_FEATURES, activation="silu", name=f"time_{i}", dtype="float32") for i in range(2)

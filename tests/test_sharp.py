@@ -78,7 +78,7 @@ def test_the_velocity_is_followed_to_its_end():
     np.testing.assert_allclose(decoder.add_detail(faithful, noise), faithful + 0.1 * wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "side"), [(32, 1), (64, 1), (96, 2), (192, 4), (256, 4)])
+@pytest.mark.parametrize(("size", "side"), [(32, 1), (96, 1), (128, 1), (192, 2), (256, 2), (384, 4)])
 def test_cells_are_squares_of_pixels(size, side):
     network = sharp.VelocityNetwork(size, 8)
     assert network.side == side
