@@ -68,7 +68,7 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
-    decoder_epochs: int = 14  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
+    decoder_epochs: int = 10  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
     decoder_batch_size: int = 2  # slices per training step of the sharp decoder
     decoder_learning_rate: float = 1e-3  # peak, as above
     decoder_channels: int = 32  # of the sharp decoder's finest resolution; coarser ones have up to four times as many
