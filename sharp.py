@@ -93,8 +93,11 @@ class SharpDecoder(keras.Model):
             self.decoders[-1].trainable = False
             self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
         self.velocity = VelocityNetwork(image_size, detail_channels, name="velocity")
-        inputs = {f"codes_{level}": keras.Input((grid, grid), dtype="int32") for level, grid in enumerate(grids)}
-        self({**inputs, "noise": keras.Input((image_size, image_size, 1))})  # creates the weights
+        for codebook in self.codebooks:
+            codebook.build(None)
+        image = keras.Input((image_size, image_size, 1))
+        self.velocity({"detail": image, "faithful": image, "time": keras.Input(())})  # creates the weights
+        self.built = True
 
     @classmethod
     def untrained(cls, vqvae: model.VQVAE, **settings: Any) -> "SharpDecoder":
