@@ -39,8 +39,8 @@ import metrics
 import model
 import naming
 import pngs
+import saving
 import seeds
-import training
 from generator import Generator
 from run import atomic_path, write_json, write_table
 
@@ -260,8 +260,8 @@ def rounded(weights: np.ndarray) -> np.ndarray:
 
 
 def save_compressed(network: keras.Model, path: Path) -> None:
-    """Save a network as `training.save_model` does, but compressed; Keras reads both."""
-    training.save_model(network, path)
+    """Save a network as `saving.save_model` does, but compressed; Keras reads both."""
+    saving.save_model(network, path)
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:

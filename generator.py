@@ -26,9 +26,9 @@ import cache
 import dataset
 import model
 import sampling
+import saving
 import seeds
 import sharp
-import training
 from run import Run, RunError, read_config
 
 Positions = Sequence[int] | np.ndarray
@@ -82,12 +82,12 @@ class Generator:
         config = read_config(run_dir)
         if config is None or not {"slice_positions", "crop"} <= config.keys():
             raise RunError(f"{run_dir}: contains no run; give a folder that driver.py has written, as in runs/oasis96")
-        vqvae = training.load_model(run_dir / "vqvae.keras", model.VQVAE)
+        vqvae = saving.load_model(run_dir / "vqvae.keras", model.VQVAE)
         names = model.prior_names(len(vqvae.grids))
-        priors = [training.load_model(run_dir / f"{name}.keras", model.PixelCNN) for name in names]
+        priors = [saving.load_model(run_dir / f"{name}.keras", model.PixelCNN) for name in names]
         constants, decoder = config["constants"], None
         if constants.get("decoder_epochs") and constants["sharp_samples"]:
-            decoder = training.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
+            decoder = saving.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
         return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder)
 
     def replace(self, **parts: Any) -> "Generator":

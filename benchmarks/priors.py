@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+import callbacks
 import dataset
 import driver
 import model
@@ -207,9 +208,9 @@ def train_prior(
     trained.compile(optimizer)
     if variant.input_noise:
         stage = dataclasses.replace(stage, batches=functools.partial(add_noise, variant, stage.batches))
-    checkpoint = training.ResumableCheckpoint(None, stage.name, stage.monitor)
+    checkpoint = callbacks.ResumableCheckpoint(None, stage.name, stage.monitor)
     average = [WeightAverage(variant.momentum)] if variant.momentum else []
-    training.fit(trained, stage, 0, [training.ReseedEachEpoch(config.seed), *average, checkpoint])
+    training.fit(trained, stage, 0, [callbacks.ReseedEachEpoch(config.seed), *average, checkpoint])
     prior.set_weights(checkpoint.best_weights)
     return prior
 
@@ -273,16 +274,16 @@ class WeightAverage(keras.callbacks.Callback):
         self.average: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
 
-    def on_epoch_begin(self, epoch: int, logs: training.Logs | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: callbacks.Logs | None = None) -> None:
         if self.weights:
             self.model.set_weights(self.weights)
 
-    def on_train_batch_end(self, batch: int, logs: training.Logs | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: callbacks.Logs | None = None) -> None:
         weights = self.model.get_weights()
         pairs = zip(self.average or weights, weights, strict=True)
         self.average = [self.momentum * old + (1 - self.momentum) * new for old, new in pairs]
 
-    def on_test_begin(self, logs: training.Logs | None = None) -> None:
+    def on_test_begin(self, logs: callbacks.Logs | None = None) -> None:
         self.weights = self.model.get_weights()
         self.model.set_weights(self.average)
 

@@ -56,7 +56,7 @@ print(json.dumps({codebook: [train(count, codebook, grids) for count in (1, 2)] 
 # What it copies after the first epoch is what a kill would leave: the checkpoint is written last.
 DRIVE = """
 import json, shutil, sys
-import driver, options, plots, training, two_sample
+import callbacks, driver, options, plots, two_sample
 
 evaluate = driver.evaluate
 two_sample.CLASSIFIER_MAX_EPOCHS = 1  # There are too few slices to learn from in more.
@@ -71,7 +71,7 @@ def drive(arguments, after_first_epoch=None, with_evaluation=False):
         if len(rows) == 1 and after_first_epoch:
             after_first_epoch()
 
-    callback = training.ResumableCheckpoint
+    callback = callbacks.ResumableCheckpoint
     on_epoch_end, callback.on_epoch_end = callback.on_epoch_end, record
     try:
         driver.evaluate = evaluate if with_evaluation else lambda *arguments: {}

@@ -28,8 +28,8 @@ import options
 import phantom
 import pictures
 import plots
+import saving
 import stages
-import training
 import two_sample
 from benchmarks import kill
 from generator import Generator
@@ -352,7 +352,7 @@ def test_another_seed_gives_other_weights_and_samples(finished):
 def test_saved_models_do_not_depend_on_what_was_made_before(finished, tmp_path):
     for make in (lambda: stages.make_vqvae(finished, 0.1), lambda: stages.make_prior(finished)):
         for name in ("one", "two"):
-            training.save_model(make(), tmp_path / f"{name}.keras")
+            saving.save_model(make(), tmp_path / f"{name}.keras")
         assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
 
 

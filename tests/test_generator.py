@@ -13,8 +13,8 @@ import augmentation
 import dataset
 import generator
 import model
+import saving
 import sharp
-import training
 from generator import Generator
 from run import Run, RunError, project_version
 from tests import test_devices
@@ -187,7 +187,7 @@ def test_codes_of_the_prior_itself_have_surprise_0_and_shuffled_ones_more():
 def save(folder: Path, made: Generator) -> None:
     names = ["vqvae", *model.prior_names(len(made.vqvae.grids))]
     for name, network in zip(names, [made.vqvae, *made.priors], strict=True):
-        training.save_model(network, folder / f"{name}.keras")
+        saving.save_model(network, folder / f"{name}.keras")
 
 
 def write_run(folder: Path, made: Generator) -> None:
@@ -211,7 +211,7 @@ def test_folders_without_a_finished_run_are_named(made, tmp_path):
         Generator.load(tmp_path / "nothing")
     new = Run(tmp_path, {"data_dir": None}, {"project": project_version()})
     with new.start("data", slice_positions=[0, 1, 2], crop=192):
-        training.save_model(made.vqvae, tmp_path / "vqvae.keras")
+        saving.save_model(made.vqvae, tmp_path / "vqvae.keras")
     with pytest.raises(RunError, match=r"prior\.keras: no such file; finish the run first"):
         Generator.load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

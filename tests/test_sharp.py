@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import ops
 
 import model
+import saving
 import sharp
-import training
 from tests import test_generator
 from tests.randomness import RNG
 
@@ -183,5 +183,5 @@ def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
 def test_a_saved_decoder_does_not_depend_on_what_was_made_before(vqvae, tmp_path):
     for name in ("one", "two"):
         keras.utils.set_random_seed(0)
-        training.save_model(untrained(vqvae), tmp_path / f"{name}.keras")
+        saving.save_model(untrained(vqvae), tmp_path / f"{name}.keras")
     assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()

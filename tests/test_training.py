@@ -1,10 +1,9 @@
-"""Saved models, and training that was killed and continues."""
+"""Training that was killed and continues, and the weights that it begins with."""
 
 import dataclasses
 import json
 import shutil
 import signal
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,94 +12,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 
 import console
-import model
+import saving
 import training
-from run import Run, RunError, checksum, remove
+from run import Run, checksum, remove
+from tests.test_saving import flipped, refused, weights_equal
 from training import Stage
-
-
-def network(units: int = 3) -> keras.Model:
-    keras.utils.set_random_seed(1)
-    return keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dropout(0.5, seed=2), keras.layers.Dense(units, name="dense")], name="net"
-    )
-
-
-def weights_equal(one: keras.Model, two: keras.Model) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one.get_weights(), two.get_weights(), strict=True))
-
-
-def refused(make) -> str:
-    with pytest.raises(RunError) as error:
-        make()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-# -------------------------------------------------------------------------------------------------- models
-
-
-def test_saved_models_contain_no_date_and_can_be_loaded_by_keras(tmp_path):
-    training.save_model(network(), tmp_path / "net.keras")
-    with zipfile.ZipFile(tmp_path / "net.keras") as archive:
-        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-        assert json.loads(archive.read("metadata.json")).keys() == {"keras_version"}
-    assert weights_equal(keras.saving.load_model(tmp_path / "net.keras"), network())
-    other = network()
-    other.set_weights([weights + 1 for weights in other.get_weights()])
-    training.load_weights(other, tmp_path / "net.keras")
-    assert weights_equal(other, network())
-
-
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", flipped])
-def test_a_damaged_model_is_named(tmp_path, damage):
-    path = tmp_path / "net.keras"
-    training.save_model(network(), path)
-    path.write_bytes(damage(path.read_bytes()))
-    message = refused(lambda: training.load_weights(network(), path))
-    assert f"{path}: is damaged; remove it to train it again" in message
-
-
-def test_a_model_of_another_shape_is_named(tmp_path):
-    path = tmp_path / "net.keras"
-    training.save_model(network(units=5), path)
-    message = refused(lambda: training.load_weights(network(), path))
-    assert f"{path}: contains a different network" in message
-    assert "remove it" in message
-
-
-def test_code_in_a_model_does_not_run(tmp_path):
-    path, ran = tmp_path / "net.keras", tmp_path / "ran"
-    trap = f"__import__('pathlib').Path({str(ran)!r}).touch()"
-    hostile = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x, code=trap: (eval(code), x)[1])])
-    ran.unlink(missing_ok=True)
-    hostile.save(path)
-    assert "contains a different network" in refused(lambda: training.load_weights(network(), path))
-    assert "contains a Sequential, not a PixelCNN" in refused(lambda: training.load_model(path, model.PixelCNN))
-    assert not ran.exists()
-
-
-def test_a_model_is_rebuilt_from_its_file(tmp_path):
-    prior, path = model.PixelCNN(8, (3, 5), filters=8, num_blocks=2, gated=False), tmp_path / "prior.keras"
-    training.save_model(prior, path)
-    loaded = training.load_model(path, model.PixelCNN)
-    assert weights_equal(loaded, prior)
-    assert loaded.get_config() == prior.get_config()
-    path.write_bytes(path.read_bytes()[:-100])
-    assert f"{path}: is damaged" in refused(lambda: training.load_model(path, model.PixelCNN))
-    path.unlink()
-    assert f"{path}: no such file" in refused(lambda: training.load_model(path, model.PixelCNN))
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 EPOCHS, STEPS = 6, 3
 
@@ -200,7 +118,7 @@ def counters(folder: Path) -> dict:
 def assert_same_end(one: Path, two: Path) -> None:
     networks = [make(), make()]
     for network, folder in zip(networks, (one, two), strict=True):
-        training.load_weights(network, folder / "net.keras")
+        saving.load_weights(network, folder / "net.keras")
     assert weights_equal(*networks)
     assert history(one) == history(two)
     assert newest(one).read_bytes() == newest(two).read_bytes()
@@ -268,28 +186,6 @@ def test_metrics_are_logged_for_tensorboard(uninterrupted, tmp_path, monkeypatch
     assert_logged(tmp_path)
     train(tmp_path, monkeypatch)
     assert_logged(tmp_path)
-
-
-@pytest.mark.parametrize(("count", "epochs"), [(2, [3, 6]), (4, [2, 3, 5, 6]), (10, [1, 2, 3, 4, 5, 6]), (0, [])])
-def test_previews_are_drawn_evenly_over_the_epochs(tmp_path, monkeypatch, count, epochs):
-    drawn = []
-
-    def preview(network: keras.Model) -> np.ndarray:
-        drawn.append(network.get_weights())
-        return np.full((6, 4), 0.5)
-
-    with pytest.raises(console.Stopped):
-        train(tmp_path, monkeypatch, 4, preview=preview, previews=count)
-    trained = train(tmp_path, monkeypatch, preview=preview, previews=count)
-    folder = tmp_path / "previews" / "net"
-    assert [path.name for path in sorted(folder.glob("*"))] == [f"epoch_{epoch:03d}.png" for epoch in epochs]
-    assert len(drawn) == len(epochs)
-    if count:
-        assert not np.array_equal(drawn[0][0], drawn[-1][0])
-        assert trained.get_weights()[0].shape == drawn[-1][0].shape
-        with Image.open(folder / "epoch_006.png") as picture:
-            assert np.asarray(picture).tolist() == np.full((6, 4), 128).tolist()
-        assert list((tmp_path / "logs" / "net" / "previews").iterdir())
 
 
 def test_each_epoch_has_batches_of_its_own(tmp_path, monkeypatch):
@@ -413,7 +309,7 @@ def test_networks_to_start_from_are_checked_before_anything_is_written(tmp_path)
     folder.mkdir()
     message = refused(lambda: training.initial_networks(folder, {"vqvae": Layers}, opened))
     assert f"start_from is {folder}: contains no vqvae.keras" in message
-    training.save_model(Layers(), folder / "vqvae.keras")
+    saving.save_model(Layers(), folder / "vqvae.keras")
     found = training.initial_networks(folder, {"vqvae": Layers, "prior": Layers}, opened)
     assert found == {"vqvae.keras": checksum(folder / "vqvae.keras")}
     kept = ("vqvae", "prior")
@@ -444,7 +340,7 @@ def test_only_the_part_that_is_used_is_saved_and_loaded(tmp_path, monkeypatch):
     trained = train(tmp_path, monkeypatch, part=part)
     assert weights_equal(trained, train(tmp_path, monkeypatch, part=part))
     loaded = part(make())
-    training.load_weights(loaded, tmp_path / "net.keras")
+    saving.load_weights(loaded, tmp_path / "net.keras")
     assert weights_equal(trained, loaded)
 
 
@@ -470,32 +366,3 @@ def test_a_stage_starts_again_if_all_checkpoints_are_damaged(tmp_path, monkeypat
     train(tmp_path, monkeypatch)
     assert_same_end(tmp_path, uninterrupted)
     assert capsys.readouterr().err.count("is damaged") == 2
-
-
-def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best_model(tmp_path, monkeypatch):
-    with pytest.raises(console.Stopped):
-        train(tmp_path, monkeypatch, 2)
-    with np.load(newest(tmp_path)) as file:
-        arrays = {name: file[name] for name in file.files}
-    arrays["weights_000"][:] = np.inf
-    np.savez(newest(tmp_path), **arrays)
-    message = refused(lambda: train(tmp_path, monkeypatch))
-    assert message.startswith("net_learning_rate: the loss is ")
-    assert " in epoch 3, at a learning rate of 0.0" in message
-    assert "choose a lower net_learning_rate and another run_dir" in message
-    best_epoch = counters(tmp_path)["best_epoch"]
-    assert message.endswith(f"the best model so far, of epoch {best_epoch}, is {tmp_path}/checkpoint/net.keras")
-    kept = make()
-    training.load_weights(kept, tmp_path / "checkpoint" / "net.keras")
-    assert np.array_equal(kept.get_weights()[0], arrays["best_000"])
-    assert len(history(tmp_path)) == 2
-
-
-def test_one_short_line_is_printed_per_epoch(tmp_path, monkeypatch, capsys):
-    train(tmp_path, monkeypatch)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == EPOCHS
-    assert lines[0].startswith("epoch 1/6 ")
-    assert "loss " in lines[0]
-    assert "(validation " in lines[0]
-    assert max(map(len, lines)) < 100

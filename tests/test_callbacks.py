@@ -1,0 +1,62 @@
+"""What callbacks do while a network is trained. Checkpoints are tested with training."""
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import console
+import saving
+from tests.test_saving import refused
+from tests.test_training import EPOCHS, counters, history, make, newest, train
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(2, [3, 6]), (4, [2, 3, 5, 6]), (10, [1, 2, 3, 4, 5, 6]), (0, [])])
+def test_previews_are_drawn_evenly_over_the_epochs(tmp_path, monkeypatch, count, epochs):
+    drawn = []
+
+    def preview(network: keras.Model) -> np.ndarray:
+        drawn.append(network.get_weights())
+        return np.full((6, 4), 0.5)
+
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 4, preview=preview, previews=count)
+    trained = train(tmp_path, monkeypatch, preview=preview, previews=count)
+    folder = tmp_path / "previews" / "net"
+    assert [path.name for path in sorted(folder.glob("*"))] == [f"epoch_{epoch:03d}.png" for epoch in epochs]
+    assert len(drawn) == len(epochs)
+    if count:
+        assert not np.array_equal(drawn[0][0], drawn[-1][0])
+        assert trained.get_weights()[0].shape == drawn[-1][0].shape
+        with Image.open(folder / "epoch_006.png") as picture:
+            assert np.asarray(picture).tolist() == np.full((6, 4), 128).tolist()
+        assert list((tmp_path / "logs" / "net" / "previews").iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best_model(tmp_path, monkeypatch):
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 2)
+    with np.load(newest(tmp_path)) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["weights_000"][:] = np.inf
+    np.savez(newest(tmp_path), **arrays)
+    message = refused(lambda: train(tmp_path, monkeypatch))
+    assert message.startswith("net_learning_rate: the loss is ")
+    assert " in epoch 3, at a learning rate of 0.0" in message
+    assert "choose a lower net_learning_rate and another run_dir" in message
+    best_epoch = counters(tmp_path)["best_epoch"]
+    assert message.endswith(f"the best model so far, of epoch {best_epoch}, is {tmp_path}/checkpoint/net.keras")
+    kept = make()
+    saving.load_weights(kept, tmp_path / "checkpoint" / "net.keras")
+    assert np.array_equal(kept.get_weights()[0], arrays["best_000"])
+    assert len(history(tmp_path)) == 2
+
+
+def test_one_short_line_is_printed_per_epoch(tmp_path, monkeypatch, capsys):
+    train(tmp_path, monkeypatch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == EPOCHS
+    assert lines[0].startswith("epoch 1/6 ")
+    assert "loss " in lines[0]
+    assert "(validation " in lines[0]
+    assert max(map(len, lines)) < 100
