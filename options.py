@@ -397,7 +397,7 @@ def check_devices(config: Any) -> None:
     available, total = len(devices.device_names()), devices.total_devices(config.devices)
     if config.devices > available:
         raise ConfigError(f"devices is {config.devices}: this process has {available}; choose at most that many")
-    for name in ("batch_size", "decoder_batch_size"):
+    for name in ("batch_size", *(["decoder_batch_size"] if config.decoder_epochs else [])):
         if getattr(config, name) % total:
             raise ConfigError(
                 f"{name} is {getattr(config, name)}: must be a multiple of the {total} devices that share each batch"

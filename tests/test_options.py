@@ -228,7 +228,10 @@ def test_devices_that_cannot_share_a_batch_are_refused(monkeypatch):
     assert "batch_size is 5: must be a multiple of the 2 devices" in message
     assert "cannot share 5 training slices evenly; choose another" in refused(lambda: check(two, train=5))
     assert "cannot share 9 validation slices evenly; choose another" in refused(lambda: check(two, validate=9))
+    message = refused(lambda: check(driver.Config(devices=2, decoder_batch_size=3)))
+    assert "decoder_batch_size is 3: must be a multiple of the 2 devices" in message
     check(driver.Config(devices=2, batch_size=4))
+    check(driver.Config(devices=2, batch_size=4, decoder_batch_size=3, decoder_epochs=0))
 
 
 def test_a_process_that_differs_from_the_main_one_is_refused(monkeypatch):
