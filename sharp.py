@@ -204,6 +204,7 @@ class VelocityNetwork(keras.Model):
     def __init__(self, image_size: int, channels: int, name: str = "velocity", **kwargs: Any) -> None:
         # Times and noise enter as they are; each layer casts what it gets.
         super().__init__(name=name, autocast=False, **kwargs)
+        self.settings = {"image_size": image_size, "channels": channels}
         self.side = math.gcd(image_size, 2 ** max(0, round(math.log2(image_size / WORKING_SIZE))))  # of a cell's square
         widths = [channels, 2 * channels, 4 * channels, 4 * channels]
         convolution = {"kernel_size": 3, "padding": "same"}
@@ -253,6 +254,9 @@ class VelocityNetwork(keras.Model):
                 features = ops.concatenate([features[:, :height, :width], skipped[i]], axis=-1)
             features = self.up_blocks[i](features, time)
         return from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**self.settings, "name": self.name}
 
 
 def time_features(time: Tensor) -> Tensor:
