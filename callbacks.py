@@ -252,16 +252,25 @@ class EpochSummary(keras.callbacks.Callback):
 
 
 class ReseedEachEpoch(keras.callbacks.Callback):
-    """Makes dropout and restarts of codes a function of (seed, epoch), whatever ran before."""
+    """Makes dropout, restarts of codes and random losses a function of (seed, epoch), whatever ran before.
+
+    Validation draws the same random numbers after every epoch, so that epochs can be compared.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        self._reseed("layers", epoch)
+
+    def on_test_begin(self, logs: Logs | None = None) -> None:
+        self._reseed("validation")
+
+    def _reseed(self, purpose: str, *numbers: int) -> None:
         states = [v for v in self.model.non_trainable_variables if v.path.endswith("seed_generator_state")]
         for i, state in enumerate(states):
-            state.assign(seeds.sequence(self.seed, "layers", epoch, i).generate_state(2))
+            state.assign(seeds.sequence(self.seed, purpose, *numbers, i).generate_state(2))
 
 
 class TerminateOnNonFinite(keras.callbacks.Callback):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import callbacks
 import console
 import saving
 from tests.test_saving import refused
@@ -60,3 +61,24 @@ def test_one_short_line_is_printed_per_epoch(tmp_path, monkeypatch, capsys):
     assert "loss " in lines[0]
     assert "(validation " in lines[0]
     assert max(map(len, lines)) < 100
+
+
+class Noisy(keras.Model):
+    """Predicts random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(1)
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.dense(x) + keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
+
+
+def test_validation_draws_the_same_numbers_in_every_epoch():
+    network, x = Noisy(), np.zeros((8, 4), np.float32)
+    network.compile(keras.optimizers.SGD(0.0), "mse")
+    reseed = callbacks.ReseedEachEpoch(0)
+    losses = network.fit(x, x, epochs=3, validation_data=(x, x), verbose=0, callbacks=[reseed]).history
+    assert len(set(losses["val_loss"])) == 1
+    assert len(set(losses["loss"])) == 3
