@@ -95,8 +95,6 @@ class SharpDecoder(keras.Model):
         self.velocity = VelocityNetwork(image_size, detail_channels, name="velocity")
         for codebook in self.codebooks:
             codebook.build(None)
-        image = keras.Input((image_size, image_size, 1))
-        self.velocity({"detail": image, "faithful": image, "time": keras.Input(())})  # creates the weights
         self.built = True
 
     @classmethod
@@ -224,6 +222,8 @@ class VelocityNetwork(keras.Model):
         self.last_norm = keras.layers.RMSNormalization(name="last_norm")
         last = {**convolution, "kernel_initializer": "zeros", "dtype": "float32"}
         self.last = keras.layers.Conv2D(self.side**2, **last, name="last")
+        image = keras.Input((image_size, image_size, 1))
+        self({"detail": image, "faithful": image, "time": keras.Input(())})  # creates the weights
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity.

@@ -109,7 +109,6 @@ def test_all_parts_of_an_image_influence_each_other():
     changed = images.copy()
     changed[0, :8, :8] *= -10
     first, second = ({"detail": x, "faithful": images, "time": np.ones(1)} for x in (images, changed))
-    network(first)  # creates the weights
     test_generator.with_random_weights(network)
     assert np.abs(ops.convert_to_numpy(network(first)) - ops.convert_to_numpy(network(second)))[0, 24:, 24:].max() > 0
 
