@@ -528,6 +528,8 @@ class PixelCNN(keras.Model):
             ratio = grid_size[0] // coarse_grid_size[0]
             self.coarse_network = keras.Sequential(
                 [
+                    # Without the type, mixed precision would round the code indices.
+                    keras.Input(coarse_grid_size, dtype="int32"),
                     keras.layers.Embedding(num_embeddings, filters, name="embedding"),
                     ResidualBlock(filters, name="block_0"),
                     ResidualBlock(filters, name="block_1"),

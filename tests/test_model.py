@@ -7,6 +7,7 @@ from skimage.metrics import structural_similarity
 import augmentation
 import masked
 import model
+import training
 from layers import resize
 from tests.randomness import RNG
 
@@ -492,6 +493,16 @@ def test_each_coarse_code_affects_the_logits_at_its_place(gated):
         changed[0, row, column] = (changed[0, row, column] + 1) % 8
         after = ops.convert_to_numpy(prior({**inputs, "coarse": changed}))
         assert not np.allclose(before[0, 2 * row, 2 * column], after[0, 2 * row, 2 * column])
+
+
+def test_mixed_precision_does_not_round_coarse_codes():
+    """In bfloat16, 510 and 511 are both 512, which is no code of a codebook of 512."""
+    with training.dtype_policy("mixed_bfloat16"):
+        prior = model.PixelCNN(512, (4, 4), filters=8, num_blocks=2, coarse_grid_size=(2, 2))
+    coarse = np.repeat(np.array([510, 511], np.int32), 4).reshape(2, 2, 2)
+    inputs = {"codes": np.zeros((2, 4, 4), np.int32), "positions": np.zeros(2, np.int32), "coarse": coarse}
+    first, second = ops.convert_to_numpy(prior(inputs))
+    assert not np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("gated", [True, False])
