@@ -62,8 +62,8 @@ _EARLIER_WORK = {
     "ssim_weight": 0.0,
 }
 
-# Name, description, and the constants that differ from driver.py's. The numbers of epochs of the presets for 256 x 256
-# let each of them end within two hours on 2 cores with a convolution peak of 450 GFLOP/s, by their number of operations.
+# Name, description, and the constants that differ from driver.py's. By their number of operations, the presets for
+# 256 x 256 end within two hours on 2 cores with a convolution peak of 450 GFLOP/s.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (

@@ -260,8 +260,8 @@ def test_training_keeps_background_black(codebook, grids):
         codes = ops.convert_to_numpy(vqvae.quantizers[level].embeddings)
         np.testing.assert_array_equal(codes[0], 0)
         assert np.all(np.any(codes[1:] != 0, axis=1))
-    for training in (False, True):
-        y = brightest(ops.convert_to_numpy(vqvae(x, training=training)), 8)
+    for is_training in (False, True):
+        y = brightest(ops.convert_to_numpy(vqvae(x, training=is_training)), 8)
         assert np.all(y[brightest(x, 8) <= BACKGROUND] == 0)
 
 
