@@ -62,8 +62,8 @@ _EARLIER_WORK = {
     "ssim_weight": 0.0,
 }
 
-# Name, description, and the constants that differ from driver.py's. By their number of operations, the presets for
-# 256 x 256 end within two hours on 2 cores with a convolution peak of 450 GFLOP/s.
+# Name, description, and the constants that differ from driver.py's. Those for 256 x 256 should end within two hours on
+# 2 cores with a convolution peak of 450 GFLOP/s: this is estimated from their number of operations.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
@@ -110,6 +110,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_embeddings": 128,
             "embedding_dim": 32,
             "prior": "plain",
+            "prior_epochs": 12,
             **_EARLIER_WORK,
         },
     ),

@@ -7,9 +7,9 @@ from skimage.metrics import structural_similarity
 import augmentation
 import masked
 import model
-import training
 from layers import resize
 from tests.randomness import RNG
+from training import dtype_policy
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:
@@ -260,8 +260,8 @@ def test_training_keeps_background_black(codebook, grids):
         codes = ops.convert_to_numpy(vqvae.quantizers[level].embeddings)
         np.testing.assert_array_equal(codes[0], 0)
         assert np.all(np.any(codes[1:] != 0, axis=1))
-    for is_training in (False, True):
-        y = brightest(ops.convert_to_numpy(vqvae(x, training=is_training)), 8)
+    for training in (False, True):
+        y = brightest(ops.convert_to_numpy(vqvae(x, training=training)), 8)
         assert np.all(y[brightest(x, 8) <= BACKGROUND] == 0)
 
 
@@ -497,7 +497,7 @@ def test_each_coarse_code_affects_the_logits_at_its_place(gated):
 
 def test_mixed_precision_does_not_round_coarse_codes():
     """In bfloat16, 510 and 511 are both 512, which is no code of a codebook of 512."""
-    with training.dtype_policy("mixed_bfloat16"):
+    with dtype_policy("mixed_bfloat16"):
         prior = model.PixelCNN(512, (4, 4), filters=8, num_blocks=2, coarse_grid_size=(2, 2))
     coarse = np.repeat(np.array([510, 511], np.int32), 4).reshape(2, 2, 2)
     inputs = {"codes": np.zeros((2, 4, 4), np.int32), "positions": np.zeros(2, np.int32), "coarse": coarse}
