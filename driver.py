@@ -68,6 +68,9 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above
 
+    selector_epochs: int = 24  # of the selector, which chooses among proposals of the prior; 0: it is not used
+    num_candidates: int = 8  # number of proposals for each generated slice; 1: the selector chooses nothing
+
     decoder_epochs: int = 10  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
     decoder_batch_size: int = 2  # slices per training step of the sharp decoder
     decoder_learning_rate: float = 1e-3  # peak, as above
@@ -140,6 +143,7 @@ def main(config: Config) -> dict[str, Any]:
                 return summarize(config, run) if run else {}
             encoder, codes = train_vqvae(config, run, slices)
             generator = train_priors(config, run, slices, codes, encoder)
+            generator = train_selector(config, run, slices, codes, generator)
             generator = train_decoder(config, run, slices, codes, generator)
             critic = train_priors(config, run, slices, codes, encoder, critic=True)
             devices.shutdown()
@@ -188,6 +192,15 @@ def train_priors(
         prior = training.train(stage, run, **settings | {"seed": seeds.number(config.seed, stage.name)})
         generator = generator.replace(priors=[*generator.priors, prior])
     return generator
+
+
+def train_selector(config: Config, run: Run | None, slices: Slices, codes: Codes, generator: Generator) -> Generator:
+    """Train the selector, if there is to be one. Returns the generator with it."""
+    if not config.selector_epochs:
+        return generator
+    stage = stages.selector_stage(config, slices, codes, generator)
+    selector = training.train(stage, run, **options.training_settings(config))
+    return generator.replace(selector=selector, num_candidates=config.num_candidates)
 
 
 def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes, generator: Generator) -> Generator:

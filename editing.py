@@ -3,7 +3,7 @@
 The priors sample codes in raster order: row by row, each row from left to right. Given codes that come before all
 others, sampling the rest is exact. Given codes that come later, it is approximated by importance resampling (Rubin
 1987): several completions are sampled without regard to the later codes, and one of them is chosen with a probability
-proportional to that of the later codes given it.
+proportional to that of the later codes given it, and to the weight of the selector, if there is one.
 
     images = complete(generator, image, half("left", 96), position=12, count=4)      # (4, 96, 96, 1)
 """
@@ -15,6 +15,7 @@ from scipy import ndimage
 
 import seeds
 from generator import Generator
+from selector import choose
 
 NUM_CANDIDATES = 8  # Completions among which one is chosen.
 HALVES: dict[str, Callable[[int], tuple[slice, slice]]] = {
@@ -71,22 +72,21 @@ def complete_codes(
     Returns:
         (count, h, w) int32 per level.
     """
-    cells = kept_cells(generator, kept)
-    candidates = 1 if is_exact(generator, kept) else NUM_CANDIDATES
+    cells, exact = kept_cells(generator, kept), is_exact(generator, kept)
+    candidates = max(generator.candidates, 1 if exact else NUM_CANDIDATES)
     known = [
         np.repeat(np.where(mask, indices, -1), count * candidates, axis=0)
         for mask, indices in zip(cells, codes, strict=True)
     ]
     positions = np.full(count * candidates, position, np.int32)
-    sampled = generator.sample_codes(positions, seed, temperature, top_k, top_p, "completions", known)
+    sampled = generator.propose_codes(positions, seed, temperature, top_k, top_p, "completions", known)
     if candidates == 1:
         return sampled
-    nats = np.zeros(len(positions))  # of the kept codes
-    for mask, level in zip(cells, generator.nats_of_codes(sampled, positions), strict=True):
-        nats += (level * mask).sum(axis=(1, 2))
-    # The largest of log-probability plus Gumbel noise is a sample of the categorical distribution.
-    gumbel = seeds.generator(seed, "choice of completions").gumbel(size=(count, candidates))
-    chosen = np.arange(count) * candidates + (gumbel - nats.reshape(count, candidates)).argmax(axis=1)
+    log_weights = generator.log_weights(sampled, positions).astype(np.float64)
+    if not exact:
+        for mask, nats in zip(cells, generator.nats_of_codes(sampled, positions), strict=True):
+            log_weights -= (nats * mask).sum(axis=(1, 2))
+    chosen = choose(log_weights.reshape(count, candidates), seeds.generator(seed, "choice of completions"))
     return [level[chosen] for level in sampled]
 
 

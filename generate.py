@@ -233,6 +233,7 @@ def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
     """
     networks: dict[str, keras.Model] = {"vqvae": generator.vqvae}
     networks |= dict(zip(model.prior_names(len(generator.priors)), generator.priors, strict=True))
+    networks |= {"selector": generator.selector} if generator.selector else {}
     networks |= {"decoder": generator.decoder} if generator.decoder else {}
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     config["constants"] |= {"data_dir": None, "start_from": None, "keep": []}

@@ -30,12 +30,13 @@ import saving
 import seeds
 import sharp
 from run import Run, RunError, read_config
+from selector import Selector, choose, log_likelihood_gain
 
 Positions = Sequence[int] | np.ndarray
 
 
 class Generator:
-    """A trained VQ-VAE, its priors, and the sharp decoder.
+    """A trained VQ-VAE, its priors, the selector and the sharp decoder.
 
     `decode` gives what is known to be right: reconstructions blur what the codes do not determine. `draw` gives what
     looks real: fine folds are plausible, not true.
@@ -51,6 +52,8 @@ class Generator:
         crop: Side in pixels of the central square of the slices that the networks were trained on, resized; 0 for whole
             slices. Images that are encoded must be cropped alike, as by `pngs.decode`, and generated ones are.
         decoder: The sharp decoder. Without it, `draw` and `sample` use that of the VQ-VAE.
+        selector: Chooses among the grids of codes that the priors propose. Without it, the first proposal is used.
+        num_candidates: Number of proposals for each sample, 1 or more.
     """
 
     def __init__(
@@ -61,10 +64,13 @@ class Generator:
         batch_size: int = 16,
         crop: int = 0,
         decoder: sharp.SharpDecoder | None = None,
+        selector: Selector | None = None,
+        num_candidates: int = 1,
     ) -> None:
         self.vqvae, self.priors = vqvae, list(priors)
         self.positions = np.asarray(positions, np.int32)
         self.batch_size, self.crop, self.decoder = batch_size, crop, decoder
+        self.selector, self.num_candidates = selector, num_candidates
 
     @classmethod
     def load(cls, run_dir: str | Path, batch_size: int = 16) -> "Generator":
@@ -85,10 +91,13 @@ class Generator:
         vqvae = saving.load_model(run_dir / "vqvae.keras", model.VQVAE)
         names = model.prior_names(len(vqvae.grids))
         priors = [saving.load_model(run_dir / f"{name}.keras", model.PixelCNN) for name in names]
-        constants, decoder = config["constants"], None
+        constants, decoder, selector = config["constants"], None, None
         if constants.get("decoder_epochs") and constants["sharp_samples"]:
             decoder = saving.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
-        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder)
+        if constants.get("selector_epochs"):
+            selector = saving.load_model(run_dir / "selector.keras", Selector)
+        candidates = constants.get("num_candidates", 1)
+        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder, selector, candidates)
 
     def replace(self, **parts: Any) -> "Generator":
         """Return a copy of which some parts, named as the arguments of the constructor, are replaced."""
@@ -118,6 +127,11 @@ class Generator:
     def background_code(self) -> bool:
         """Whether code 0 is reserved for background."""
         return self.vqvae.background_threshold is not None
+
+    @property
+    def candidates(self) -> int:
+        """Number of grids that the priors propose for each sample: `num_candidates`, or 1 without a selector."""
+        return self.num_candidates if self.selector else 1
 
     def encode(self, images: np.ndarray, parameters: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
         """Encode images.
@@ -219,10 +233,9 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         purpose: str = "samples",
-        known: Sequence[np.ndarray] | None = None,
         is_common: bool = False,
     ) -> list[np.ndarray]:
-        """Sample code indices, each finer level given the coarser one.
+        """Sample code indices: of those that the priors propose, the selector chooses one grid for each position.
 
         Args:
             positions: (N,) slice positions.
@@ -231,9 +244,41 @@ class Generator:
             top_k: Sample among the k most likely codes only; 0 for all.
             top_p: Sample among the most likely codes that together have this probability; 1 for all.
             purpose: What the samples are for. Samples for different purposes are independent.
+            is_common: Whether all grids are sampled with the same random numbers.
+
+        Returns:
+            Code indices, (N, h, w) int32 per level.
+        """
+        count = self.candidates
+        repeated, period = np.repeat(np.asarray(positions, np.int32), count), count if is_common else None
+        codes = self.propose_codes(repeated, seed, temperature, top_k, top_p, purpose, period=period)
+        if count == 1:
+            return codes
+        log_weights = self.log_weights(codes, repeated).reshape(-1, count)
+        chosen = choose(log_weights, seeds.generator(seed, f"choice of {purpose}"), is_common)
+        return [level[chosen] for level in codes]
+
+    def propose_codes(
+        self,
+        positions: Positions,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        purpose: str = "samples",
+        known: Sequence[np.ndarray] | None = None,
+        augmentation: np.ndarray | None = None,
+        period: int | None = None,
+    ) -> list[np.ndarray]:
+        """Sample code indices from the priors alone, each finer level given the coarser one.
+
+        Args:
+            positions: (N,) slice positions.
+            seed, temperature, top_k, top_p, purpose: See `sample_codes`.
             known: Codes that are known, (N, h, w) int32 per level, with −1 for those that are sampled; see
                 `sampling.sample_codes`.
-            is_common: Whether all grids are sampled with the same random numbers.
+            augmentation: Parameters of the augmentation of the slices, (N, P) float32; see `augmentation.as_condition`.
+            period: Number of grids after which the random numbers are repeated; None: never.
 
         Returns:
             Code indices, (N, h, w) int32 per level.
@@ -241,22 +286,45 @@ class Generator:
         codes: list[np.ndarray] = []
         for level, prior in enumerate(self.priors):
             conditioning = _conditioning(level, positions, codes)
-            random = seeds.generator(seed, f"codes of {purpose}", level)
+            if augmentation is not None:
+                conditioning["augmentation"] = augmentation
+            cells, random = math.prod(prior.grid_size), seeds.generator(seed, f"codes of {purpose}", level)
+            # They are generated first, so that the codes do not depend on the size of a batch.
+            uniforms = np.resize(random.random((period or len(positions), cells), np.float32), (len(positions), cells))
             with console.progress(len(positions), f"{self.level_names[level]} grids sampled".strip()) as bar:
                 codes.append(
                     sampling.sample_codes(
                         prior,
                         conditioning,
-                        random,
+                        uniforms,
                         temperature,
                         top_k,
                         top_p,
                         progress=bar.update,
                         known=known[level] if known else None,
-                        is_common=is_common,
                     )
                 )
         return codes
+
+    def log_weights(self, codes: Sequence[np.ndarray], positions: Positions) -> np.ndarray:
+        """Return by how much the selector finds grids more probable among real slices than among proposals.
+
+        Args:
+            codes: Code indices, (N, h, w) int32 per level.
+            positions: (N,) slice positions.
+
+        Returns:
+            (N,) float32, logarithms; zeros without a selector.
+        """
+        selector = self.selector
+        if selector is None:
+            return np.zeros(len(positions), np.float32)
+        inputs = {f"codes_{level}": indices for level, indices in enumerate(codes)}
+        inputs["positions"] = np.asarray(positions, np.int32)
+        names = list(inputs)
+        return self._in_batches(
+            lambda *batch: [selector(dict(zip(names, batch, strict=True)))], list(inputs.values()), "grids judged"
+        )[0]
 
     def sample(
         self,
@@ -361,6 +429,26 @@ class Generator:
             return nats(np.asarray(positions, np.int32)) / math.log(2)
         each = np.stack([nats(np.full(len(codes[0]), position, np.int32)) for position in self.positions])
         return (math.log(len(each)) - np.logaddexp.reduce(-each, axis=0)) / math.log(2)
+
+    def selector_bits(self, codes: Sequence[np.ndarray], positions: Positions, seed: int = 0) -> np.ndarray:
+        """By how many bits per image the choice of the selector makes grids cheaper than under the priors, at least.
+
+        It is a lower bound that is random, see `selector.log_likelihood_gain`.
+
+        Args:
+            codes: Code indices, (N, h, w) int32 per level.
+            positions: (N,) slice positions.
+            seed: Seed of the proposals that the grids are compared with.
+
+        Returns:
+            (N,) float64; zeros without a selector.
+        """
+        if self.candidates == 1:
+            return np.zeros(len(positions))
+        repeated = np.repeat(np.asarray(positions, np.int32), self.candidates - 1)
+        proposed = self.propose_codes(repeated, seed, purpose="likelihood")
+        others = self.log_weights(proposed, repeated).reshape(len(positions), -1)
+        return log_likelihood_gain(self.log_weights(codes, positions), others) / math.log(2)
 
     def _in_batches(
         self, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray], unit: str

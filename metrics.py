@@ -31,7 +31,7 @@ def measure(results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         `frame_size`, the height and width of the whole slices that the reconstructions are measured on; and the numbers
         of `reconstruction_metrics`, `code_and_prior_metrics` and `likelihood_metrics`. All of them are those of the
         VQ-VAE's decoder; with a sharp decoder, `sharp` has the numbers of `reconstruction_metrics` for its
-        reconstructions.
+        reconstructions. With a selector, `selector_bits_saved` is the mean of `Generator.selector_bits`.
 
         The `slice_rows` of the test split.
     """
@@ -51,6 +51,9 @@ def measure(results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if sharp:
         drawn, test = sharp.reconstructions["test"], sharp.slices["test"]
         numbers["sharp"] = reconstruction_metrics(test, drawn, metrics_by_slice(test.images, drawn))
+    if results.generator.candidates > 1:
+        bits = results.generator.selector_bits(results.codes["test"], test.positions, results.sampling.get("seed", 0))
+        numbers["selector_bits_saved"] = float(bits.mean())
     numbers |= likelihood_metrics(results, numbers["prior_bits_per_image"])
     return numbers, slice_rows(results, by_slice, nats["test"])
 

@@ -579,19 +579,13 @@ class PixelCNN(keras.Model):
         """Return the features that every block is conditioned on.
 
         Args:
-            inputs: "positions", slice positions (B,), ignored if `use_position` is off; for a bottom prior "coarse",
-                codes of the coarser level (B, h', w') int32; and, for augmented images, "augmentation", the parameters
-                (B, P) float32 of `augmentation.as_condition`, which are zero for images that are not augmented.
+            inputs: What `slice_features` reads and, for a bottom prior, "coarse", codes of the coarser level (B, h',
+                w') int32.
 
         Returns:
             (B, 1, 1, filters), or (B, h, w, filters) with coarse codes.
         """
-        waves = position_features(inputs["positions"])
-        waves = waves if self.use_position else ops.zeros_like(waves)
-        augmentation = inputs.get("augmentation")
-        if augmentation is None:
-            augmentation = ops.zeros((ops.shape(waves)[0], NUM_PARAMETERS))
-        condition = self.slice_embedding(ops.concatenate([waves, augmentation], axis=-1))[:, None, None, :]
+        condition = self.slice_embedding(slice_features(inputs, self.use_position))[:, None, None, :]
         if self.coarse_network is None:
             return condition
         return condition + self.coarse_network(inputs["coarse"])
@@ -618,6 +612,25 @@ class PixelCNN(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
+
+
+def slice_features(inputs: Mapping[str, Tensor], use_position: bool) -> Tensor:
+    """Return features of the slice position and the augmentation.
+
+    Args:
+        inputs: "positions", slice positions (B,); and, for augmented images, "augmentation", the parameters (B, P)
+            float32 of `augmentation.as_condition`, which are zero for images that are not augmented.
+        use_position: Whether the position is used. If not, its features are zero.
+
+    Returns:
+        (B, F) float32.
+    """
+    waves = position_features(inputs["positions"])
+    waves = waves if use_position else ops.zeros_like(waves)
+    augmentation = inputs.get("augmentation")
+    if augmentation is None:
+        augmentation = ops.zeros((ops.shape(waves)[0], NUM_PARAMETERS))
+    return ops.concatenate([waves, augmentation], axis=-1)
 
 
 def block_dilations(grid_size: int, first_kernel: int, kernel_size: int, num_blocks: int) -> list[int]:

@@ -28,6 +28,7 @@ Config = TypeVar("Config", bound=Any)
 RUNTIME_FIELDS = ("run_dir", "cache_dir", "devices", "coordinator", "num_processes", "process_index", "previews")
 # Constants that only samples and what is made from them depend on: they may change in a finished run.
 SAMPLING_FIELDS = (
+    "num_candidates",
     "num_samples",
     "measured_slices",
     "sharp_samples",
@@ -57,6 +58,7 @@ _EARLIER_WORK = {
     "prior_attention": 0,
     "bottom_prior_attention": 0,
     "prior_augment": False,
+    "selector_epochs": 0,
     "decoder_epochs": 0,
     "l1_weight": 0.0,
     "ssim_weight": 0.0,
@@ -84,6 +86,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "prior_filters": 64,
             "prior_blocks": 4,
             "prior_epochs": 8,
+            "selector_epochs": 12,
             "decoder_epochs": 8,
             "decoder_batch_size": 4,
             "decoder_channels": 16,
@@ -291,7 +294,7 @@ def check(config: Any) -> None:
         "vqvae_epochs",
     )
     positive += ("prior_blocks", "prior_epochs")
-    positive += ("num_samples", "measured_slices", "devices", "num_processes")
+    positive += ("num_candidates", "num_samples", "measured_slices", "devices", "num_processes")
     for name in positive:
         require(name, lambda v: v >= 1, "at least 1")
     for name in ("prior_filters", "bottom_prior_filters", "decoder_channels"):
@@ -300,7 +303,7 @@ def check(config: Any) -> None:
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
     for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
-    for name in ("seed", "residual_blocks", "decoder_epochs", "top_k", "process_index", "previews"):
+    for name in ("seed", "residual_blocks", "selector_epochs", "decoder_epochs", "top_k", "process_index", "previews"):
         require(name, lambda v: v >= 0, "0 or more")
     require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
     for name in ("prior_attention", "bottom_prior_attention"):
@@ -331,7 +334,8 @@ def check(config: Any) -> None:
 def _check_kept(config: Any) -> None:
     """Refuse networks in `keep` that do not exist, or were made from other networks than those of the run."""
     num_levels = len(config.grids)
-    allowed = ("vqvae", *model.prior_names(num_levels), *model.critic_names(num_levels))
+    allowed = ["vqvae", *model.prior_names(num_levels), *model.critic_names(num_levels)]
+    allowed += ["selector"] if config.selector_epochs else []
     for name in config.keep:
         if name not in allowed:
             raise ConfigError(f"keep has {name}: choose from {', '.join(allowed)}")

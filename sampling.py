@@ -19,14 +19,13 @@ from model import PixelCNN
 def sample_codes(
     prior: PixelCNN,
     conditioning: Mapping[str, np.ndarray],
-    random: np.random.Generator,
+    uniforms: np.ndarray,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
     known: np.ndarray | None = None,
-    is_common: bool = False,
 ) -> np.ndarray:
     """Sample one grid of code indices for each slice position.
 
@@ -36,27 +35,23 @@ def sample_codes(
     Args:
         prior: Trained prior, which is left unchanged.
         conditioning: Inputs of the prior other than the codes, (N, ...) each.
-        random: Generator of random numbers. The codes depend on its state, and not on the batch size.
+        uniforms: (N, h · w) float32, random numbers in [0, 1), one for each code.
         temperature, top_k, top_p: See `filter_logits`.
         batch_size: Number of grids that are sampled together.
         progress: Function that is called after each batch with the number of grids in it.
         known: (N, h, w) int32, codes that are known, and −1 for those that are sampled. By default all are sampled.
-        is_common: Whether all grids are sampled with the same random numbers.
 
     Returns:
         (N, h, w) int32.
     """
     height, width = prior.grid_size
     count = len(conditioning["positions"])
-    # One number in [0, 1) for each code. They are generated first, so that they do not depend on the batch size.
-    uniforms = random.random((1 if is_common else count, height * width), np.float32)
-    uniforms = np.broadcast_to(uniforms, (count, height * width))
     known = np.full((count, height, width), -1) if known is None else known
     sample = _compiled_sampler(prior, top_k, top_p < 1)
     codes: list[np.ndarray] = []
     for start in range(0, count, batch_size):
         batch = slice(start, start + batch_size)
-        inputs = {name: np.asarray(values[batch], np.int32) for name, values in conditioning.items()}
+        inputs = {name: values[batch] for name, values in conditioning.items()}
         limits = np.float32(temperature), np.float32(top_p)
         sampled = sample(uniforms[batch], inputs, *limits, np.asarray(known[batch], np.int32))
         codes.append(ops.convert_to_numpy(sampled))

@@ -16,6 +16,7 @@ import pngs
 import seeds
 import sharp
 from generator import Generator
+from selector import Selector
 from training import Stage
 
 Slices = dict[str, dataset.Slices]  # By split.
@@ -35,6 +36,8 @@ def makers(config: Any) -> dict[str, Callable[[], keras.Model]]:
     found: dict[str, Callable[[], keras.Model]] = {"vqvae": lambda: make_vqvae(config, data_variance=1.0)}
     for make, names in ((make_prior, model.prior_names(num_levels)), (make_critic, model.critic_names(num_levels))):
         found |= {name: functools.partial(make, config, level) for level, name in enumerate(names)}
+    if config.selector_epochs:
+        found["selector"] = lambda: make_selector(config, make_vqvae(config, data_variance=1.0))
     return found
 
 
@@ -97,6 +100,12 @@ def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior
     )
 
 
+def make_selector(config: Any, vqvae: model.VQVAE) -> Selector:
+    """The untrained selector for the codes of a VQ-VAE."""
+    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the selector"))
+    return Selector.untrained(vqvae, use_position=config.prior_uses_position)
+
+
 def make_decoder_tuning(config: Any, vqvae: model.VQVAE, detail_scale: float) -> sharp.DecoderTuning:
     """What trains the sharp decoder of a VQ-VAE: the untrained decoder and its loss."""
     keras.utils.set_random_seed(seeds.number(config.seed, "weights of the sharp decoder"))
@@ -134,7 +143,7 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
     The generator has the priors of all coarser levels. With `prior_augment` the slices are augmented and encoded anew
     for each epoch.
     """
-    shard, num_levels, train = devices.process_index_and_count(), len(config.grids), slices["train"]
+    shard, num_levels, positions = devices.process_index_and_count(), len(config.grids), slices["train"].positions
     level = len(generator.priors)
     names = model.critic_names(num_levels) if critic else model.prior_names(num_levels)
     draws = seeds.number(config.seed, f"augmentation for the {'critic' if critic else 'prior'}")  # alike for all levels
@@ -143,13 +152,9 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
         return {"codes": codes[level], "positions": positions} | ({"coarse": codes[level - 1]} if level else {})
 
     def batches(epoch: int) -> Any:
-        if config.prior_augment:
-            parameters = {k: v.numpy() for k, v in augmentation.draw(len(train), draws, epoch).items()}
-            drawn = inputs(generator.encode(train.images, parameters), train.positions)
-            drawn["augmentation"] = augmentation.as_condition(parameters).numpy()
-        else:
-            drawn = inputs(codes["train"], train.positions)
+        own, condition = training_codes(config, slices, codes, generator, draws, epoch)
         order = seeds.number(config.seed, names[level])
+        drawn = inputs(own, positions) | condition
         return dataset.input_batches(drawn, "codes", config.batch_size, order, epoch, shard)
 
     def preview(network: keras.Model) -> np.ndarray:
@@ -161,13 +166,70 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
         make=lambda: make_critic(config, level) if critic else make_prior(config, level),
         batches=batches,
         validation=dataset.input_batches(validation, "codes", config.batch_size, shard=shard),
-        steps=dataset.steps_per_epoch(len(train), config.batch_size),
+        steps=dataset.steps_per_epoch(len(positions), config.batch_size),
         monitor="val_loss",
         epochs=critic_epochs(config) if critic else config.prior_epochs,
         learning_rate=config.prior_learning_rate,
         made_from=("slices", "vqvae.keras"),
         preview=None if critic or level < num_levels - 1 else preview,
         shown=("bits_per_code",),
+        learning_rate_option="prior_learning_rate",
+    )
+
+
+def training_codes(
+    config: Any, slices: Slices, codes: Codes, generator: Generator, draws: int, epoch: int
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """The codes that an epoch trains on. With `prior_augment`, slices are augmented and encoded anew.
+
+    Args:
+        draws: Seed of the augmentations.
+        epoch: Number of the epoch, from 0.
+
+    Returns:
+        Code indices, (N, h, w) int32 per level, and the "augmentation" as further inputs of a network, if there is any.
+    """
+    if not config.prior_augment:
+        return codes["train"], {}
+    images = slices["train"].images
+    parameters = {name: values.numpy() for name, values in augmentation.draw(len(images), draws, epoch).items()}
+    return generator.encode(images, parameters), {"augmentation": augmentation.as_condition(parameters).numpy()}
+
+
+def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
+    """How the selector is trained: on code grids of real slices, and on as many that the priors propose.
+
+    For each real slice, a grid is proposed for the same position and the same augmentation. Both are new in each epoch.
+    """
+    shard, draws = devices.process_index_and_count(), seeds.number(config.seed, "augmentation for the selector")
+    train, validate = (slices[split].positions for split in ("train", "validate"))
+
+    def inputs(
+        real: list[np.ndarray], positions: np.ndarray, condition: dict[str, np.ndarray], purpose: str
+    ) -> dict[str, np.ndarray]:
+        proposed = generator.propose_codes(positions, config.seed, purpose=purpose, **condition)
+        levels = {f"codes_{i}": np.concatenate(both) for i, both in enumerate(zip(real, proposed, strict=True))}
+        twice = {name: np.concatenate([array] * 2) for name, array in ({"positions": positions} | condition).items()}
+        return levels | twice | {"is_real": np.repeat(np.float32([1, 0]), len(positions))}
+
+    def batches(epoch: int) -> Any:
+        real, condition = training_codes(config, slices, codes, generator, draws, epoch)
+        drawn = inputs(real, train, condition, f"epoch {epoch} of the selector")
+        order = seeds.number(config.seed, "selector")
+        return dataset.input_batches(drawn, "is_real", 2 * config.batch_size, order, epoch, shard)
+
+    judged = inputs(codes["validate"], validate, {}, "validation of the selector")
+    return Stage(
+        name="selector",
+        make=lambda: make_selector(config, generator.vqvae),
+        batches=batches,
+        validation=dataset.input_batches(judged, "is_real", 2 * config.batch_size, shard=shard),
+        steps=dataset.steps_per_epoch(2 * len(train), 2 * config.batch_size),
+        monitor="val_loss",
+        epochs=config.selector_epochs,
+        learning_rate=config.prior_learning_rate,
+        made_from=("slices", *(f"{name}.keras" for name in ("vqvae", *model.prior_names(len(config.grids))))),
+        shown=("loss", "accuracy"),
         learning_rate_option="prior_learning_rate",
     )
 

@@ -99,7 +99,7 @@ def kill_and_compare(options: Options, folder: Path) -> dict[str, Any]:
 
 def driver_command(options: Options, data_dir: Path, run_dir: Path) -> list[str]:
     """Return the command of one small run."""
-    epochs = [f"--{stage}-epochs={options.epochs}" for stage in ("vqvae", "prior", "decoder")]
+    epochs = [f"--{stage}-epochs={options.epochs}" for stage in ("vqvae", "prior", "selector", "decoder")]
     folders = ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
     return [sys.executable, "driver.py", *folders, *CONSTANTS, *epochs]
 

@@ -92,6 +92,7 @@ def make_run(options: Options, crop: int | None, image_size: int, grid: int, num
         vqvae_epochs=options.vqvae_epochs,
         prior_epochs=options.prior_epochs,
         precision=options.precision,
+        selector_epochs=0,
         decoder_epochs=0,
         previews=0,
         **chosen,

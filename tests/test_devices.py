@@ -178,14 +178,14 @@ def arguments(tmp_path_factory) -> list:
     """Command line of a small run."""
     folder = tmp_path_factory.mktemp("slices")
     phantom.write_pngs(folder, num_subjects=6, num_positions=4, image_size=16)
-    epochs = ["--vqvae-epochs", "2", "--prior-epochs", "1", "--decoder-epochs", "1"]
+    epochs = ["--vqvae-epochs", "2", "--prior-epochs", "1", "--selector-epochs", "1", "--decoder-epochs", "1"]
     return ["--data-dir", folder, *kill.CONSTANTS, "--image-size", "16", *epochs]
 
 
 def test_a_killed_run_on_two_devices_ends_bitwise_identical(tmp_path, arguments):
     uninterrupted, killed = tmp_path / "uninterrupted" / "run", tmp_path / "killed" / "run"
     process = start(TWO_CPUS + DRIVE + UNINTERRUPTED_AND_KILLED, uninterrupted, killed, *arguments, "--devices", "2")
-    assert printed(process) == "4"  # the second epoch of the VQ-VAE, the prior, the sharp decoder and the critic
+    assert printed(process) == "5"  # the second epoch of the VQ-VAE, prior, selector, sharp decoder and critic
     assert kill.differences(uninterrupted, killed) == []
     assert (killed / "prior.keras").exists()
 
@@ -195,7 +195,7 @@ def test_on_jax_two_devices_and_two_processes_train_like_one_device_and_resume(t
     folders = [tmp_path / name for name in ("one", "two", "stopped")]
     environment = ON_JAX | shared_compilations(tmp_path)
     one, two = json.loads(printed(start(DRIVE + ONE_DEVICE_AND_TWO, *folders, *arguments, **environment)))
-    assert len(one) == 5
+    assert len(one) == 6
     assert np.isfinite(json.loads((folders[0] / "metrics.json").read_text())["ssim"])
     assert json.loads((folders[0] / "config.json").read_text())["versions"]["backend"] == "jax"
     assert (folders[0] / "report.html").exists()

@@ -54,6 +54,8 @@ def tiny(root: Path, **constants) -> driver.Config:
         "prior_blocks": 1,
         "prior_attention": 1,
         "prior_epochs": 2,
+        "selector_epochs": 2,
+        "num_candidates": 2,
         "decoder_epochs": 1,
         "decoder_channels": 8,
         "previews": 0,
@@ -410,7 +412,17 @@ def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
         return make_figure(width, height, title, note)
 
     monkeypatch.setattr(plots, "_figure", figure)
-    driver.main(tiny(tmp_path, data_dir=None, synthetic_subjects=6, vqvae_epochs=1, prior_epochs=1, decoder_epochs=0))
+    driver.main(
+        tiny(
+            tmp_path,
+            data_dir=None,
+            synthetic_subjects=6,
+            vqvae_epochs=1,
+            prior_epochs=1,
+            selector_epochs=0,
+            decoder_epochs=0,
+        )
+    )
     assert "SYNTHETIC" in capsys.readouterr().out.splitlines()[0]
     assert len(notes) == len(picture_files(is_sharp=False))
     assert all("SYNTHETIC" in note for note in notes)

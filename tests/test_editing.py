@@ -77,11 +77,14 @@ def test_completions_approach_the_distribution_given_later_codes(monkeypatch):
     class Pair:
         """A generator of grids of 1 × 2 codes with this distribution."""
 
-        priors = (None,)
+        candidates = 1
 
-        def sample_codes(self, positions, seed, temperature, top_k, top_p, purpose, known):
+        def propose_codes(self, positions, seed, temperature, top_k, top_p, purpose, known):
             first = np.random.default_rng(seed).random(len(positions)) < joint[1].sum()
             return [np.where(known[0] >= 0, known[0], first[:, None, None])]
+
+        def log_weights(self, codes, positions):
+            return np.zeros(len(positions))
 
         def nats_of_codes(self, codes, positions):
             marginal, conditional = joint.sum(axis=1), joint / joint.sum(axis=1, keepdims=True)
@@ -121,7 +124,20 @@ def test_a_walk_leads_from_one_slice_to_the_other(made, image):
     assert max(lengths) < np.abs(ends[1] - ends[0]).mean()
 
 
-def test_common_random_numbers_give_the_same_slice_at_the_same_position(made):
+def test_the_selector_chooses_completions(image):
+    made, kept = test_generator.make((4,)), editing.half("top", SIZE)
+    selecting = made.replace(selector=test_generator.few_zeros, num_candidates=6)
+    codes = made.encode(image[None])
+    plain, chosen = (
+        editing.complete_codes(own, codes, kept, position=1, count=20, seed=2)[0] for own in (made, selecting)
+    )
+    assert np.array_equal(chosen[:, :2], plain[:, :2])
+    assert (chosen == 0).sum() < (plain == 0).sum()
+
+
+@pytest.mark.parametrize("num_candidates", [1, 3])
+def test_common_random_numbers_give_the_same_slice_at_the_same_position(made, num_candidates):
+    made = made.replace(selector=test_generator.few_zeros, num_candidates=num_candidates)
     codes = made.sample_codes([1, 1, 2], seed=4, is_common=True)
     images = made.draw(codes, seed=4, is_common=True)
     assert np.array_equal(images[0], images[1])

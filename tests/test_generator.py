@@ -99,8 +99,8 @@ def uniforms_of(made: Generator, monkeypatch, **settings) -> list[np.ndarray]:
     """The random numbers, (12, h · w) per level, that a set of samples is drawn with."""
     drawn = []
 
-    def record(prior, conditioning, random, *arguments, **options):
-        drawn.append(random.random((12, prior.grid_size[0] * prior.grid_size[1]), np.float32))
+    def record(prior, conditioning, uniforms, *arguments, **options):
+        drawn.append(uniforms)
         return np.zeros((12, *prior.grid_size), np.int32)
 
     with monkeypatch.context() as patch:
@@ -179,6 +179,54 @@ def test_codes_of_the_prior_itself_have_surprise_0_and_shuffled_ones_more():
         np.random.default_rng(0).permuted(level.reshape(300, -1), axis=1).reshape(level.shape) for level in codes
     ]
     assert own.surprise(shuffled, positions).mean() > 1
+
+
+# --------------------------------------------------------------------------------------------------- selector
+
+
+def few_zeros(inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """A selector that prefers grids with few codes 0 so much that it leaves nothing to chance."""
+    levels = [inputs[name] for name in inputs if name.startswith("codes")]
+    return np.float32(-1e6) * sum((level == 0).mean(axis=(1, 2)) for level in levels)
+
+
+def test_the_selector_chooses_among_the_proposals_for_each_position(made):
+    chosen = made.replace(selector=few_zeros, num_candidates=4).sample_codes([0, 2], seed=5)
+    proposed = made.propose_codes([0] * 4 + [2] * 4, seed=5)
+    zeros = sum((level == 0).mean(axis=(1, 2)) for level in proposed).reshape(2, 4)
+    best = np.arange(2) * 4 + zeros.argmin(axis=1)
+    assert all(np.array_equal(own, level[best]) for own, level in zip(chosen, proposed, strict=True))
+
+
+def test_without_a_choice_samples_are_the_proposals(made):
+    proposed = made.propose_codes(POSITIONS, seed=5)
+    for same in (made, made.replace(selector=few_zeros), made.replace(num_candidates=4)):
+        sampled = same.sample_codes(POSITIONS, seed=5)
+        assert all(np.array_equal(a, b) for a, b in zip(sampled, proposed, strict=True))
+
+
+def test_chosen_samples_do_not_depend_on_those_that_follow(made):
+    own = made.replace(selector=lambda inputs: few_zeros(inputs) * np.float32(1e-5), num_candidates=3)
+    few, many = (own.sample_codes(POSITIONS[:count], seed=2) for count in (2, 3))
+    assert all(np.array_equal(a, b[:2]) for a, b in zip(few, many, strict=True))
+
+
+def test_proposals_depend_on_the_augmentation(made):
+    parameters = np.zeros((3, augmentation.NUM_PARAMETERS), np.float32)
+    plain, same, other = (
+        made.propose_codes(POSITIONS, seed=1, augmentation=condition)[0]
+        for condition in (None, parameters, parameters + 1)
+    )
+    assert np.array_equal(plain, same)
+    assert not np.array_equal(plain, other)
+
+
+def test_bits_saved_by_the_selector_are_few_and_need_one(made, images):
+    codes = made.encode(images)
+    assert not made.selector_bits(codes, POSITIONS).any()
+    saved = made.replace(selector=few_zeros, num_candidates=4).selector_bits(codes, POSITIONS)
+    assert saved.shape == (3,)
+    assert saved.max() <= 2 + 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ run folders

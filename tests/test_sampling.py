@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from keras import ops
@@ -25,8 +27,13 @@ def prior(request) -> model.PixelCNN:
 CONDITIONING = {"positions": np.array([1, 5, 9, 5, 1], np.int32)}
 
 
+def random_numbers(prior: model.PixelCNN, seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((count, math.prod(prior.grid_size)), np.float32)
+
+
 def sample(prior: model.PixelCNN, seed: int = 0, conditioning=CONDITIONING, **settings) -> np.ndarray:
-    return sampling.sample_codes(prior, conditioning, np.random.default_rng(seed), **settings)
+    uniforms = random_numbers(prior, seed, len(conditioning["positions"]))
+    return sampling.sample_codes(prior, conditioning, uniforms, **settings)
 
 
 def test_sampled_codes_have_the_shape_and_range_of_the_grid(prior):
@@ -47,7 +54,7 @@ def test_codes_depend_on_the_seed_and_not_on_the_batch_size(prior):
 def sample_with_full_passes(prior: model.PixelCNN, seed: int, conditioning) -> np.ndarray:
     """Codes sampled with one forward pass of the whole prior per cell."""
     (height, width), count = prior.grid_size, len(conditioning["positions"])
-    uniforms = np.random.default_rng(seed).random((count, height * width), np.float32)
+    uniforms = random_numbers(prior, seed, count)
     codes = np.zeros((count, height * width), np.int32)
     for i in range(height * width):
         logits = prior({"codes": codes.reshape(-1, height, width), **conditioning})

@@ -117,6 +117,39 @@ def test_critics_are_trained_for_half_of_the_epochs(encoded, epochs, expected):
         assert [stage.epochs for stage in made] == [count] * len(config.grids)
 
 
+def selector_epoch(encoded, epoch: int, **constants) -> dict[str, np.ndarray]:
+    """The inputs of the selector in an epoch, those of real slices first, sorted by position."""
+    config, slices, encoder, codes = encoded
+    generator = encoder.replace(priors=[stages.make_prior(config, level) for level in range(len(config.grids))])
+    stage = stages.selector_stage(dataclasses.replace(config, **constants), slices, codes, generator)
+    batches = list(stage.batches(epoch).take(stage.steps))
+    assert all(np.array_equal(inputs["is_real"], targets) for inputs, targets in batches)
+    inputs = {name: np.concatenate([batch[name] for batch, _ in batches]) for name in batches[0][0]}
+    order = np.lexsort([inputs["positions"], -inputs["is_real"]])
+    return {name: values[order] for name, values in inputs.items()}
+
+
+def test_the_selector_sees_a_proposal_for_each_augmented_slice(encoded):
+    _, slices, encoder, _ = encoded
+    inputs, count = selector_epoch(encoded, 1), len(slices["train"])
+    assert np.array_equal(inputs["is_real"], np.repeat([1, 0], count))
+    for name in ("positions", "augmentation"):
+        assert np.array_equal(inputs[name][:count], inputs[name][count:])
+    expected = encoder.encode(slices["train"].images, parameters_of(inputs["augmentation"][:count]))
+    for level, own in enumerate(expected):
+        assert np.mean(inputs[f"codes_{level}"][:count] == own) > 0.98  # Rounding may change a few.
+        assert np.mean(inputs[f"codes_{level}"][count:] == own) < 0.7
+
+
+def test_batches_of_the_selector_are_a_function_of_seed_and_epoch(encoded):
+    first, again = selector_epoch(encoded, 1), selector_epoch(encoded, 1)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    for other in (selector_epoch(encoded, 2), selector_epoch(encoded, 1, seed=1)):
+        for part in np.split(np.arange(len(first["is_real"])), 2):
+            assert not np.array_equal(first["codes_0"][part], other["codes_0"][part])
+    assert "augmentation" not in selector_epoch(encoded, 1, prior_augment=False)
+
+
 @pytest.fixture(scope="module")
 def decoder_stage(encoded) -> training.Stage:
     config, slices, encoder, codes = encoded
