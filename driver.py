@@ -218,7 +218,7 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     Args:
         made_from: Names of what determines the results; see `Run.make`.
     """
-    names, inputs = pictures.of_run(len(config.grids), results.generator.decoder is not None), [*made_from]
+    names, inputs = pictures.of_run(len(config.grids), results.generator.networks), [*made_from]
     run.make(results.samples.files, inputs, results.samples.save)
     run.make(["metrics.json", "test_slices.csv"], inputs, lambda *paths: measure(config, results, *paths))
     run.make("blind_test_key.csv", inputs, lambda path: write_table(path, pictures.blind_test(results)[1]))

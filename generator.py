@@ -129,6 +129,11 @@ class Generator:
         return self.vqvae.background_threshold is not None
 
     @property
+    def networks(self) -> list[str]:
+        """Names of those networks that not every run has: "selector", "decoder"."""
+        return [name for name in ("selector", "decoder") if getattr(self, name) is not None]
+
+    @property
     def candidates(self) -> int:
         """Number of grids that the priors propose for each sample: `num_candidates`, or 1 without a selector."""
         return self.num_candidates if self.selector else 1

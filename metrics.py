@@ -52,7 +52,7 @@ def measure(results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         drawn, test = sharp.reconstructions["test"], sharp.slices["test"]
         numbers["sharp"] = reconstruction_metrics(test, drawn, metrics_by_slice(test.images, drawn))
     if results.generator.candidates > 1:
-        bits = results.generator.selector_bits(results.codes["test"], test.positions, results.sampling.get("seed", 0))
+        bits = results.generator.selector_bits(results.codes["test"], test.positions, results.sampling["seed"])
         numbers["selector_bits_saved"] = float(bits.mean())
     numbers |= likelihood_metrics(results, numbers["prior_bits_per_image"])
     return numbers, slice_rows(results, by_slice, nats["test"])

@@ -1,6 +1,6 @@
 """The pictures of a run: one list of them, and how each is made from the results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,21 @@ class Picture:
         draw: Writes the PNG, given its path and the results of the run.
         caption: What it shows and how to read it.
         min_levels: Number of levels of codes that a run must have for the picture to make sense.
-        needs_sharp_decoder: Whether it makes sense only with a sharp decoder.
+        needs: Name of the network that a run must have for the picture to make sense: "decoder", the sharp one, or
+            "selector"; None if any run has what it needs.
     """
 
     name: str
     draw: Callable[[Path, Results], None]
     caption: str
     min_levels: int = 1
-    needs_sharp_decoder: bool = False
+    needs: str | None = None
 
 
-def of_run(num_levels: int, is_sharp: bool) -> tuple[Picture, ...]:
-    """Return the pictures of a run with this number of levels, with or without a sharp decoder, as in the report."""
+def of_run(num_levels: int, networks: Sequence[str]) -> tuple[Picture, ...]:
+    """Return the pictures of a run with this number of levels and these networks, in the order of the report."""
     return tuple(
-        picture
-        for picture in PICTURES
-        if picture.min_levels <= num_levels and (is_sharp or not picture.needs_sharp_decoder)
+        picture for picture in PICTURES if picture.min_levels <= num_levels and picture.needs in (None, *networks)
     )
 
 
@@ -178,7 +177,8 @@ def _draw_vqvae_loss(path: Path, results: Results) -> None:
 
 
 def _draw_decoder_loss(path: Path, results: Results) -> None:
-    plots.decoder_loss(path, _history(results, "decoder"), results.note)
+    history = _history(results, "decoder")
+    plots.loss(path, history, "Sharp decoder", "squared error of the velocity", results.note)
 
 
 def _draw_sharp_reconstructions(path: Path, results: Results) -> None:
@@ -238,6 +238,10 @@ def _draw_blind_test(path: Path, results: Results) -> None:
     plots.numbered(path, blind_test(results)[0], "Which of these slices are real?", results.note)
 
 
+def _draw_selector_loss(path: Path, results: Results) -> None:
+    plots.loss(path, _history(results, "selector"), "Selector", "logistic loss", results.note)
+
+
 def _draw_prior_loss(path: Path, results: Results) -> None:
     names = model.prior_names(len(results.generator.level_names))
     histories = {name: _history(results, name) for name in names}
@@ -263,14 +267,14 @@ PICTURES = (
         _draw_sharp_reconstructions,
         "Slices of unseen subjects, decoded from their codes by the VQ-VAE (faithful) and by the sharp decoder, whose "
         "fine folds are plausible, not true.",
-        needs_sharp_decoder=True,
+        needs="decoder",
     ),
     Picture(
         "invented_detail",
         _draw_invented_detail,
         "The codes of a slice, decoded by the sharp decoder with different noise, and the standard deviation of each "
         "pixel: bright where the codes leave open what the decoder draws.",
-        needs_sharp_decoder=True,
+        needs="decoder",
     ),
     Picture(
         "blind_test",
@@ -330,10 +334,17 @@ PICTURES = (
         "The epoch with the lowest validation loss is kept.",
     ),
     Picture(
+        "selector_loss",
+        _draw_selector_loss,
+        "Loss of the selector by epoch. At 0.69, it cannot distinguish codes of real slices from those that the prior "
+        "proposes. The epoch with the lowest validation loss is kept.",
+        needs="selector",
+    ),
+    Picture(
         "decoder_loss",
         _draw_decoder_loss,
         "Loss of the sharp decoder by epoch. If the validation loss rises, the decoder memorises slices. The epoch "
         "with the lowest validation loss is kept.",
-        needs_sharp_decoder=True,
+        needs="decoder",
     ),
 )

@@ -69,12 +69,12 @@ def prior_loss(path: Path, histories: dict[str, History], num_embeddings: int, n
     _save(figure, path)
 
 
-def decoder_loss(path: Path, history: History, note: str = "") -> None:
-    """Draw the loss of the sharp decoder by epoch."""
-    figure = _figure(5.5, 3.6, "Sharp decoder", note)
+def loss(path: Path, history: History, title: str, label: str, note: str = "") -> None:
+    """Draw a loss by epoch; `label` says what it is."""
+    figure = _figure(5.5, 3.6, title, note)
     axes = figure.subplots()
     _curves(axes, history, "loss")
-    axes.set(xlabel="epoch", ylabel="squared error of the velocity")
+    axes.set(xlabel="epoch", ylabel=label)
     _save(figure, path)
 
 

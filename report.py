@@ -132,7 +132,7 @@ def write(path: Path, name: str, constants: dict[str, Any], results: Results) ->
             "caption": picture.caption,
             "data": base64.b64encode((images / f"{picture.name}.png").read_bytes()).decode(),
         }
-        for picture in pictures.of_run(len(constants["grids"]), "sharp" in results.numbers)
+        for picture in pictures.of_run(len(constants["grids"]), results.generator.networks)
     ]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,

@@ -175,7 +175,7 @@ def choose(log_weights: np.ndarray, random: np.random.Generator, is_common: bool
 def log_likelihood_gain(own: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Bound from below what choosing among K candidates adds to the log-likelihood of grids under the priors.
 
-    The bound is that of Lawson et al. 2019, section 3.2, with K − 1 proposals for each grid.
+    The bound is that of Lawson et al. 2019 for self-normalised importance sampling, with K − 1 proposals for each grid.
 
     Args:
         own: (N,) log weights of the grids.

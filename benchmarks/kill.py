@@ -33,6 +33,7 @@ STEPS = {  # the file that each step ends with, in order, and the step
     "config.json": "before anything was written",
     "vqvae.keras": "while training the VQ-VAE",
     "prior.keras": "while training the prior",
+    "selector.keras": "while training the selector",
     "decoder.keras": "while training the sharp decoder",
     "critic.keras": "while training the critic",
     "samples/codes.npy": "while sampling",

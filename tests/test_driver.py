@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import keras
@@ -54,7 +54,7 @@ def tiny(root: Path, **constants) -> driver.Config:
         "prior_blocks": 1,
         "prior_attention": 1,
         "prior_epochs": 2,
-        "selector_epochs": 2,
+        "selector_epochs": 1,
         "num_candidates": 2,
         "decoder_epochs": 1,
         "decoder_channels": 8,
@@ -102,8 +102,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def picture_files(num_levels: int = 1, is_sharp: bool = True) -> set[str]:
-    return {f"{picture.name}.png" for picture in pictures.of_run(num_levels, is_sharp)}
+def picture_files(num_levels: int = 1, networks: Sequence[str] = ("selector", "decoder")) -> set[str]:
+    return {f"{picture.name}.png" for picture in pictures.of_run(num_levels, networks)}
 
 
 # ------------------------------------------------------------------------------------------ the run folder
@@ -111,7 +111,7 @@ def picture_files(num_levels: int = 1, is_sharp: bool = True) -> set[str]:
 
 def test_a_run_writes_every_file(finished):
     folder = finished.run_dir
-    networks = {"vqvae.keras", "prior.keras", "decoder.keras", "critic.keras"}
+    networks = {"vqvae.keras", "prior.keras", "selector.keras", "decoder.keras", "critic.keras"}
     names = {"config.json", "history.csv", "metrics.json", "test_slices.csv", "blind_test_key.csv", "report.html"}
     others = {"images", "samples", "logs", ".lock", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == networks | names | others
@@ -143,7 +143,7 @@ def test_the_history_has_a_row_per_epoch(finished):
     with open(finished.run_dir / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     stages = [(row["stage"], row["epoch"]) for row in rows]
-    epochs = {"vqvae": 2, "prior": 2, "decoder": 1, "critic": 1}
+    epochs = {"vqvae": 2, "prior": 2, "selector": 1, "decoder": 1, "critic": 1}
     assert stages == [(stage, str(epoch + 1)) for stage, count in epochs.items() for epoch in range(count)]
     names = list(rows[0])
     assert names.index("reconstruction") < names.index("codebook") < names.index("commitment")
@@ -257,7 +257,7 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     times = [(folder / "samples" / "codes.npy").stat().st_mtime_ns for folder in (finished.run_dir, config.run_dir)]
     assert times[0] != times[1]
     names = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
-    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["decoder", "critic"]
+    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["selector", "decoder", "critic"]
 
 
 def test_a_finished_run_refuses_other_slices(finished, tmp_path):
@@ -381,7 +381,8 @@ def test_two_levels_of_cropped_slices_run_end_to_end(tmp_path, capsys):
     assert np.load(tmp_path / "run" / "samples" / "bottom_codes.npy").shape == (3, 4, 4)
     with open(tmp_path / "run" / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    epochs = {"vqvae": 2, "top_prior": 2, "bottom_prior": 2, "decoder": 1, "top_critic": 1, "bottom_critic": 1}
+    epochs = {"vqvae": 2, "top_prior": 2, "bottom_prior": 2, "selector": 1, "decoder": 1}
+    epochs |= {"top_critic": 1, "bottom_critic": 1}
     assert [row["stage"] for row in rows] == [stage for stage, count in epochs.items() for _ in range(count)]
     assert float(rows[0]["top_perplexity"]) > 0
     assert float(rows[0]["val_bottom_codes_used"]) > 0
@@ -424,7 +425,7 @@ def test_synthetic_runs_say_so(tmp_path, monkeypatch, capsys):
         )
     )
     assert "SYNTHETIC" in capsys.readouterr().out.splitlines()[0]
-    assert len(notes) == len(picture_files(is_sharp=False))
+    assert len(notes) == len(picture_files(networks=()))
     assert all("SYNTHETIC" in note for note in notes)
 
 

@@ -188,7 +188,7 @@ def test_nats_are_converted_to_bits():
 class StubGenerator:
     """Priors that need a number of nats per code that depends on the level and the slice, for codebooks of 8 codes."""
 
-    num_embeddings, background_code = 8, False
+    num_embeddings, background_code, candidates = 8, False, 1
     positions = np.arange(4)
 
     def __init__(self, *nats):
@@ -432,6 +432,22 @@ def test_slice_rows_average_to_the_numbers_of_the_test_split(results):
     two_levels = {split: [codes[0], codes[0]] for split, codes in results.codes.items()}
     _, rows = metrics.measure(replace(results, codes=two_levels, generator=StubGenerator(1, 2)))
     assert rows[0]["bottom_nats"] == rows[0]["top_nats"] + 4  # One more nat for each of four codes.
+
+
+def test_bits_saved_by_a_selector_are_those_of_the_test_split(results):
+    assert "selector_bits_saved" not in metrics.measure(results)[0]
+    generator, saved = StubGenerator(1), np.arange(len(POSITIONS))
+    generator.candidates = 4
+
+    def selector_bits(codes, positions, seed):
+        assert seed == 3
+        assert np.array_equal(codes[0], results.codes["test"][0])
+        assert np.array_equal(positions, POSITIONS)
+        return saved
+
+    generator.selector_bits = selector_bits
+    numbers, _ = metrics.measure(replace(results, generator=generator, sampling={"seed": 3}))
+    assert numbers["selector_bits_saved"] == saved.mean()
 
 
 def test_numbers_that_json_lacks_become_none():

@@ -176,7 +176,10 @@ LARGE = {"image_size": 256, "prior_blocks": 6, "batch_size": 16}
         ({"decoder_batch_size": 0}, "decoder_batch_size is 0: must be at least 1"),
         ({"keep": ("vqvae",)}, "keep is vqvae: also set start_from"),
         ({"keep": ("prior",), "start_from": "run"}, "keep is prior: also keep vqvae"),
-        ({"keep": ("vqvae", "decoder"), "start_from": "run"}, "keep has decoder: choose from vqvae, prior, critic"),
+        (
+            {"keep": ("vqvae", "decoder"), "start_from": "run"},
+            "keep has decoder: choose from vqvae, prior, critic, selector",
+        ),
     ],
 )
 def test_configurations_that_cannot_work_are_refused_before_anything_is_written(tmp_path, constants, message):

@@ -166,6 +166,14 @@ def test_blur_is_listed_as_bad():
     assert mentioned(findings_by_title()["Reconstruction"].good, "80\u00a0% above")
 
 
+def test_a_selector_should_save_bits():
+    constants = {**CONSTANTS, "num_candidates": 8}
+    for saved, kind in ((1.5, "good"), (-0.5, "bad")):
+        prior = report.findings(constants, {**NUMBERS, "selector_bits_saved": saved})[1]
+        assert mentioned(getattr(prior, kind), f"at least {saved:.1f} bits per image less")
+    assert not mentioned(report.findings(constants, NUMBERS)[1].good, "selector")
+
+
 def test_memorisation_by_the_prior_is_judged_by_the_training_subjects():
     assert mentioned(findings_by_title()["Prior"].good, "generalises")
     prior = findings_by_title({**NUMBERS, "prior_nats_per_code_train": 2.0})["Prior"]
@@ -194,9 +202,9 @@ def test_findings_of_two_levels_name_the_level():
 BLIND_TEST_KEY = [{"number": 1, "kind": "generated", "position": 12, "subject": ""}]
 
 
-def draw_blank_pictures(folder, num_levels, is_sharp=False):
+def draw_blank_pictures(folder, num_levels, networks=()):
     (folder / "images").mkdir()
-    for picture in pictures.of_run(num_levels, is_sharp):
+    for picture in pictures.of_run(num_levels, networks):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "images" / f"{picture.name}.png")
 
 
@@ -206,8 +214,8 @@ def run_folder(tmp_path):
     return tmp_path
 
 
-def write(folder, numbers=NUMBERS, note="", constants=CONSTANTS, history=HISTORY) -> str:
-    results = SimpleNamespace(numbers=numbers, history=history, note=note)
+def write(folder, numbers=NUMBERS, note="", constants=CONSTANTS, history=HISTORY, networks=()) -> str:
+    results = SimpleNamespace(numbers=numbers, history=history, note=note, generator=SimpleNamespace(networks=networks))
     with mock.patch.object(pictures, "blind_test", return_value=(None, BLIND_TEST_KEY)):
         report.write(folder / "report.html", folder.name, constants, results)
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -216,7 +224,7 @@ def write(folder, numbers=NUMBERS, note="", constants=CONSTANTS, history=HISTORY
 def test_report_is_self_contained(run_folder):
     page = write(run_folder)
     assert page.startswith("<!doctype html>")
-    assert page.count('src="data:image/png;base64,') == len(pictures.of_run(1, False))
+    assert page.count('src="data:image/png;base64,') == len(pictures.of_run(1, ()))
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
     assert "http" not in page
@@ -224,7 +232,7 @@ def test_report_is_self_contained(run_folder):
 
 def test_report_shows_the_captions_in_order_samples_first(run_folder):
     page = write(run_folder)
-    escaped = [picture.caption.replace("'", "&#39;") for picture in pictures.of_run(1, False)]
+    escaped = [picture.caption.replace("'", "&#39;") for picture in pictures.of_run(1, ())]
     places = [page.index(caption) for caption in escaped]
     assert places == sorted(places)
     names = [picture.name for picture in pictures.PICTURES[: report.LEADING_PICTURES]]
@@ -234,12 +242,13 @@ def test_report_shows_the_captions_in_order_samples_first(run_folder):
 
 
 def test_report_of_two_levels_has_all_pictures(tmp_path):
-    draw_blank_pictures(tmp_path, num_levels=2, is_sharp=True)
+    networks = ["selector", "decoder"]
+    draw_blank_pictures(tmp_path, 2, networks)
     references = {**NUMBERS["references"], "sharp_reconstructions": SET, "faithful_samples": SET}
     numbers = {**NUMBERS, "sharp": {"ssim": 0.5, "power_high": 1.0}, "references": references}
     numbers |= {name: {"top": 1.0, "bottom": 1.0} for name in BY_LEVEL}
     history = [{**HISTORY[0], "stage": stage} for stage in ("vqvae", "top_prior", "bottom_prior")]
-    page = write(tmp_path, numbers, constants={**CONSTANTS, "grids": [16, 32]}, history=history)
+    page = write(tmp_path, numbers, constants={**CONSTANTS, "grids": [16, 32]}, history=history, networks=networks)
     assert page.count('src="data:image/png;base64,') == len(pictures.PICTURES)
     assert "16\u00a0×\u00a016 and 32\u00a0×\u00a032" in page
     assert "(top prior)" in page
