@@ -69,6 +69,7 @@ class Options:
     temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
     top_k: int = 0  # sample among the k most likely codes only; 0: all
     top_p: float = 1.0  # sample among the most likely codes that together have this probability
+    num_candidates: int | None = None  # number of grids that the selector chooses among; None: as in the run
     sharp: bool = True  # draw with the sharp decoder, if the run has one
     skip_broken_slices: bool = False  # leave out PNGs that cannot be read, with --reconstruct
     compact: Path | None = None  # new folder for a small copy of the networks
@@ -85,6 +86,8 @@ def main(options: Options) -> None:
     generator = Generator.load(options.run_dir)
     if not options.sharp:
         generator = generator.replace(decoder=None)
+    if options.num_candidates:
+        generator = generator.replace(num_candidates=options.num_candidates)
     if options.export:
         export(generator, options.export)
         return
@@ -116,6 +119,7 @@ def check(options: Options) -> None:
             raise GenerateError(f"--{name} {shown}: must be {requirement}")
 
     require("num-samples", options.num_samples >= 1, "at least 1")
+    require("num-candidates", options.num_candidates is None or options.num_candidates >= 1, "at least 1")
     require("seed", 0 <= options.seed < 2**32, "0 to 4294967295")
     require("temperature", 0 < options.temperature < float("inf"), "a positive number")
     require("top-k", options.top_k >= 0, "0 or more")

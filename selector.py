@@ -64,7 +64,7 @@ class Selector(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "num_embeddings": num_embeddings,
             "grids": list(grids),
             "embedding_dim": embedding_dim,
@@ -100,8 +100,8 @@ class Selector(keras.Model):
 
         Its embeddings begin as the codebook vectors, shifted and scaled to mean 0 and variance 1.
         """
-        names = ("num_embeddings", "grids", "embedding_dim")
-        selector = cls(**{name: vqvae.settings[name] for name in names}, **settings)
+        settings |= {name: vqvae.settings[name] for name in ("num_embeddings", "grids", "embedding_dim")}
+        selector = cls(**settings)
         for embedding, quantizer in zip(selector.embeddings, vqvae.quantizers, strict=True):
             vectors = ops.convert_to_numpy(quantizer.embeddings)
             embedding.set_weights([(vectors - vectors.mean()) / max(vectors.std(), 1e-6)])

@@ -154,7 +154,7 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
     def batches(epoch: int) -> Any:
         own, condition = training_codes(config, slices, codes, generator, draws, epoch)
         order = seeds.number(config.seed, names[level])
-        drawn = inputs(own, positions) | condition
+        drawn = inputs(own, positions) | _augmentation_input(condition)
         return dataset.input_batches(drawn, "codes", config.batch_size, order, epoch, shard)
 
     def preview(network: keras.Model) -> np.ndarray:
@@ -179,7 +179,7 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
 
 def training_codes(
     config: Any, slices: Slices, codes: Codes, generator: Generator, draws: int, epoch: int
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[list[np.ndarray], np.ndarray | None]:
     """The codes that an epoch trains on. With `prior_augment`, slices are augmented and encoded anew.
 
     Args:
@@ -187,13 +187,19 @@ def training_codes(
         epoch: Number of the epoch, from 0.
 
     Returns:
-        Code indices, (N, h, w) int32 per level, and the "augmentation" as further inputs of a network, if there is any.
+        Code indices, (N, h, w) int32 per level; and the augmentation, (N, P) float32, see `augmentation.as_condition`,
+        None without any.
     """
     if not config.prior_augment:
-        return codes["train"], {}
+        return codes["train"], None
     images = slices["train"].images
     parameters = {name: values.numpy() for name, values in augmentation.draw(len(images), draws, epoch).items()}
-    return generator.encode(images, parameters), {"augmentation": augmentation.as_condition(parameters).numpy()}
+    return generator.encode(images, parameters), augmentation.as_condition(parameters).numpy()
+
+
+def _augmentation_input(condition: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The augmentation as an input of a network, if there is any."""
+    return {} if condition is None else {"augmentation": condition}
 
 
 def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
@@ -205,12 +211,13 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
     train, validate = (slices[split].positions for split in ("train", "validate"))
 
     def inputs(
-        real: list[np.ndarray], positions: np.ndarray, condition: dict[str, np.ndarray], purpose: str
+        real: list[np.ndarray], positions: np.ndarray, condition: np.ndarray | None, purpose: str
     ) -> dict[str, np.ndarray]:
-        proposed = generator.propose_codes(positions, config.seed, purpose=purpose, **condition)
+        proposed = generator.propose_codes(positions, config.seed, purpose=purpose, augmentation=condition)
         levels = {f"codes_{i}": np.concatenate(both) for i, both in enumerate(zip(real, proposed, strict=True))}
-        twice = {name: np.concatenate([array] * 2) for name, array in ({"positions": positions} | condition).items()}
-        return levels | twice | {"is_real": np.repeat(np.float32([1, 0]), len(positions))}
+        shared = {"positions": positions} | _augmentation_input(condition)
+        shared = {name: np.concatenate([array, array]) for name, array in shared.items()}
+        return levels | shared | {"is_real": np.repeat(np.array([1, 0], np.float32), len(positions))}
 
     def batches(epoch: int) -> Any:
         real, condition = training_codes(config, slices, codes, generator, draws, epoch)
@@ -218,7 +225,7 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
         order = seeds.number(config.seed, "selector")
         return dataset.input_batches(drawn, "is_real", 2 * config.batch_size, order, epoch, shard)
 
-    judged = inputs(codes["validate"], validate, {}, "validation of the selector")
+    judged = inputs(codes["validate"], validate, None, "validation of the selector")
     return Stage(
         name="selector",
         make=lambda: make_selector(config, generator.vqvae),

@@ -66,6 +66,15 @@ def test_samples_are_drawn_at_the_positions_in_turn(run, made):
     np.testing.assert_allclose([float(row["bits"]) for row in table], bits, atol=0.06)
 
 
+def test_the_selector_chooses_among_as_many_grids_as_asked_for(run, made, monkeypatch):
+    selecting = made.replace(selector=test_generator.few_zeros, num_candidates=2)
+    monkeypatch.setattr(Generator, "load", lambda folder: selecting)
+    folder = run(num_samples=1, positions=(1,), num_candidates=5)
+    expected = selecting.replace(num_candidates=5).sample([1])[0, ..., 0]
+    assert np.array_equal(pixels(folder / "sample_0_slice_1.png"), (expected * 255).round())
+    assert not np.array_equal(expected, selecting.sample([1])[0, ..., 0])
+
+
 def test_the_sharp_decoder_can_be_left_out(run, made):
     folder = run(num_samples=1, positions=(1,), sharp=False)
     expected = made.replace(decoder=None).sample([1])[0, ..., 0]
@@ -99,6 +108,7 @@ def test_reconstructions_come_with_their_quality_and_bits(run, made, slices):
     ("options", "message"),
     [
         ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
+        ({"num_candidates": 0}, "--num-candidates 0: must be at least 1"),
         ({"temperature": 0.0}, "--temperature 0.0: must be a positive number"),
         ({"top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
         ({"positions": (9,)}, "--positions 9: no training slice has this position; choose from 0 to 2"),
