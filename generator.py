@@ -328,7 +328,9 @@ class Generator:
         inputs["positions"] = np.asarray(positions, np.int32)
         names = list(inputs)
         return self._in_batches(
-            lambda *batch: [selector(dict(zip(names, batch, strict=True)))], list(inputs.values()), "grids judged"
+            lambda *batch: [selector.log_weights(dict(zip(names, batch, strict=True)))],
+            list(inputs.values()),
+            "grids judged",
         )[0]
 
     def sample(

@@ -11,6 +11,9 @@ For each sample the priors propose K grids, and one of them is chosen with a pro
 (sampling importance resampling, Rubin 1987). With many candidates, samples follow p_prior · exp(w), normalised: a
 residual energy-based model with the energy −w.
 
+There are few real slices, so a classifier errs on unseen grids, and more of the same kind err differently. Several
+are trained together, and their logits are averaged.
+
 References:
     Gutmann & Hyvärinen 2010, "Noise-Contrastive Estimation" (the classifier's logit as a ratio of densities)
     Deng et al. 2020, "Residual Energy-Based Models for Text Generation"
@@ -25,31 +28,30 @@ import numpy as np
 from keras import ops
 
 import model
-from layers import PACKAGE, Tensor, replica_index_and_count
+from layers import PACKAGE, Shape, Tensor, replica_index_and_count
 
 COARSEST = 6  # Grids are halved until they are not larger.
+NUM_CLASSIFIERS = 3
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Selector(keras.Model):
     """Predicts by how much a grid of codes is more probable among real slices than among those that the priors propose.
 
-    Codes are embedded, and coarser levels enlarged to the finest grid. The network also sees the mirror image of the
-    grid, because brains are nearly symmetric. Convolutions of stride 2 halve the grid until at most `COARSEST` cells
-    per side remain. A dense layer then sees all of them at once. Its features are scaled by others of the slice
-    position and the augmentation.
+    Codes are embedded, and coarser levels enlarged to the finest grid. The mirror image of the grid is added, because
+    brains are nearly symmetric. `NUM_CLASSIFIERS` instances of `GridClassifier` read both.
 
     Args:
         num_embeddings: Number of codes, K.
         grids: Height and width of the code grid of each level, coarsest first.
         embedding_dim: Length of the vector that a code is embedded as.
-        filters: Number of channels of the convolutions; the dense layer has twice as many.
-        dropout: Dropout rate before the dense layer.
+        filters, units, dropout: See `GridClassifier`.
         use_position: Whether the slice position is used.
 
     Example: For codes (B, 12, 12) int32 and slice positions (B,) int32:
 
-        model({"codes_0": codes, "positions": positions}) -> (B,) float32
+        model({"codes_0": codes, "positions": positions})             -> logits (B, NUM_CLASSIFIERS) float32
+        model.log_weights({"codes_0": codes, "positions": positions}) -> (B,) float32, their mean
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class Selector(keras.Model):
         num_embeddings: int,
         grids: Sequence[int],
         embedding_dim: int = 32,
-        filters: int = 64,
+        filters: int = 48,
+        units: int = 64,
         dropout: float = 0.5,
         use_position: bool = True,
         name: str = "selector",
@@ -69,6 +72,7 @@ class Selector(keras.Model):
             "grids": list(grids),
             "embedding_dim": embedding_dim,
             "filters": filters,
+            "units": units,
             "dropout": dropout,
             "use_position": use_position,
         }
@@ -77,19 +81,9 @@ class Selector(keras.Model):
             keras.layers.Embedding(num_embeddings, embedding_dim, name=f"{prefix}embedding")
             for prefix in model.level_prefixes(len(grids))
         ]
-        options = {"padding": "same", "activation": "relu", "kernel_initializer": "he_normal"}
-        self.convolutions = [keras.layers.Conv2D(filters, 3, **options, name="first")]
-        side = grids[-1]
-        while side > COARSEST or len(self.convolutions) < 2:
-            side = -(-side // 2)
-            name = f"down_{len(self.convolutions) - 1}"
-            self.convolutions.append(keras.layers.Conv2D(filters, 4, strides=2, **options, name=name))
-        self.flatten = keras.layers.Flatten(name="flatten")
-        self.dropout = keras.layers.Dropout(dropout, name="dropout")
-        self.condition = keras.layers.Dense(filters, activation="relu", name="condition")
-        self.scale = keras.layers.Dense(2 * filters, name="scale")
-        self.hidden = keras.layers.Dense(2 * filters, activation="relu", name="hidden")
-        self.logit = keras.layers.Dense(1, dtype="float32", name="logit")
+        self.classifiers = [
+            GridClassifier(filters, units, dropout, name=f"classifier_{i}") for i in range(NUM_CLASSIFIERS)
+        ]
         self.accuracy = keras.metrics.Mean(name="accuracy")
         codes = {f"codes_{level}": keras.Input((grid, grid), dtype="int32") for level, grid in enumerate(grids)}
         self({**codes, "positions": keras.Input((), dtype="int32")})  # creates the weights
@@ -108,7 +102,7 @@ class Selector(keras.Model):
         return selector
 
     def call(self, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor:
-        """Return log weights.
+        """Return the logits of each classifier.
 
         Args:
             inputs: "codes_0", "codes_1", …: code indices (B, h, w) int32 per level, the coarsest first; and what
@@ -116,7 +110,7 @@ class Selector(keras.Model):
             training: Whether dropout is active.
 
         Returns:
-            (B,) float32.
+            (B, NUM_CLASSIFIERS) float32.
         """
         levels = []
         for level, (embedding, grid) in enumerate(zip(self.embeddings, self.grids, strict=True)):
@@ -125,11 +119,13 @@ class Selector(keras.Model):
             levels.append(ops.repeat(ops.repeat(embedded, side, axis=1), side, axis=2))
         features = ops.concatenate(levels, axis=-1)
         features = ops.concatenate([features, ops.flip(features, axis=2)], axis=-1)
-        for convolution in self.convolutions:
-            features = convolution(features)
-        features = self.hidden(self.dropout(self.flatten(features), training=training))
-        condition = self.condition(model.slice_features(inputs, self.use_position))
-        return self.logit(features * (1 + self.scale(condition)))[:, 0]
+        slices = model.slice_features(inputs, self.use_position)
+        logits = [classifier(features, slices, training=training) for classifier in self.classifiers]
+        return ops.concatenate(logits, axis=-1)
+
+    def log_weights(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean logit (B,) float32 of all classifiers; see `call`."""
+        return ops.mean(self(inputs), axis=-1)
 
     def compute_loss(
         self,
@@ -139,20 +135,61 @@ class Selector(keras.Model):
         sample_weight: Tensor = None,
         training: bool = True,
     ) -> Tensor:
-        """Return the mean logistic loss, a scalar, and update the metric.
+        """Return the logistic loss, a scalar, and update the metric.
 
         Args:
-            x, sample_weight, training: Ignored.
+            x, sample_weight: Ignored.
             y: (B,) float32, 1 for grids of real slices and 0 for proposed ones.
-            y_pred: Log weights (B,).
+            y_pred: Logits (B, NUM_CLASSIFIERS).
+            training: Whether each classifier is judged by itself. If not, the loss is that of their mean logit.
         """
-        correct = ops.cast(ops.equal(y_pred > 0, y > 0.5), "float32")
+        mean = ops.mean(y_pred, axis=-1, keepdims=True)
+        logits, is_real = y_pred if training else mean, y[:, None] > 0.5
+        correct = ops.cast(ops.equal(mean > 0, is_real), "float32")
         self.accuracy.update_state(ops.mean(correct), sample_weight=ops.shape(y)[0])
-        loss = ops.mean(ops.softplus(ops.where(y > 0.5, -y_pred, y_pred)))
+        loss = ops.mean(ops.softplus(ops.where(is_real, -logits, logits)))
         return loss / replica_index_and_count()[1]  # Keras sums the gradients of all replicas.
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GridClassifier(keras.layers.Layer):
+    """Classifies grids of vectors as a whole.
+
+    Convolutions of stride 2 halve the grid until at most `COARSEST` cells per side remain. A dense layer sees all of
+    them at once. Its output is scaled by features of the slice.
+
+    Args:
+        filters: Number of channels of the convolutions.
+        units: Number of outputs of the dense layer.
+        dropout: Dropout rate before the dense layer.
+    """
+
+    def __init__(self, filters: int, units: int, dropout: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options = {"filters": filters, "padding": "same", "activation": "relu", "kernel_initializer": "he_normal"}
+        self.convolutions = [keras.layers.Conv2D(kernel_size=3, **self.options, name="first")]
+        self.flatten = keras.layers.Flatten(name="flatten")
+        self.dropout = keras.layers.Dropout(dropout, name="dropout")
+        self.hidden = keras.layers.Dense(units, activation="relu", name="hidden")
+        self.condition = keras.layers.Dense(units, activation="relu", name="condition")
+        self.scale = keras.layers.Dense(units, name="scale")
+        self.logit = keras.layers.Dense(1, dtype="float32", name="logit")
+
+    def build(self, grid_shape: Shape, slices_shape: Shape) -> None:
+        side = grid_shape[1]
+        while side > COARSEST or len(self.convolutions) < 2:
+            side, name = -(-side // 2), f"down_{len(self.convolutions) - 1}"
+            self.convolutions.append(keras.layers.Conv2D(kernel_size=4, strides=2, **self.options, name=name))
+
+    def call(self, grid: Tensor, slices: Tensor, training: bool = False) -> Tensor:
+        """Grids (B, h, w, C) and features of the slices (B, F) -> logits (B, 1) float32."""
+        for convolution in self.convolutions:
+            grid = convolution(grid)
+        features = self.hidden(self.dropout(self.flatten(grid), training=training))
+        return self.logit(features * (1 + self.scale(self.condition(slices))))
 
 
 def choose(log_weights: np.ndarray, random: np.random.Generator, is_common: bool = False) -> np.ndarray:

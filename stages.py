@@ -23,6 +23,7 @@ Slices = dict[str, dataset.Slices]  # By split.
 Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
 NUM_PREVIEWED = 8  # Validation slices in a preview.
 NUM_SCALED = 500  # Training slices that determine the scale of the detail.
+NUM_PROPOSED = 9  # Epochs for which the selector gets new proposals.
 
 # --------------------------------------------------------------------------------------------- networks
 
@@ -146,15 +147,17 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
     shard, num_levels, positions = devices.process_index_and_count(), len(config.grids), slices["train"].positions
     level = len(generator.priors)
     names = model.critic_names(num_levels) if critic else model.prior_names(num_levels)
-    draws = seeds.number(config.seed, f"augmentation for the {'critic' if critic else 'prior'}")  # alike for all levels
+    draws = None
+    if config.prior_augment:  # Alike for all levels.
+        draws = seeds.number(config.seed, f"augmentation for the {'critic' if critic else 'prior'}")
 
     def inputs(codes: list[np.ndarray], positions: np.ndarray) -> dict[str, np.ndarray]:
         return {"codes": codes[level], "positions": positions} | ({"coarse": codes[level - 1]} if level else {})
 
     def batches(epoch: int) -> Any:
-        own, condition = training_codes(config, slices, codes, generator, draws, epoch)
+        own, condition = training_codes(slices, codes, generator, draws, epoch)
         order = seeds.number(config.seed, names[level])
-        drawn = inputs(own, positions) | _augmentation_input(condition)
+        drawn = inputs(own, positions) | {"augmentation": condition}
         return dataset.input_batches(drawn, "codes", config.batch_size, order, epoch, shard)
 
     def preview(network: keras.Model) -> np.ndarray:
@@ -178,36 +181,33 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
 
 
 def training_codes(
-    config: Any, slices: Slices, codes: Codes, generator: Generator, draws: int, epoch: int
-) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """The codes that an epoch trains on. With `prior_augment`, slices are augmented and encoded anew.
+    slices: Slices, codes: Codes, generator: Generator, draws: int | None, epoch: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Augment and encode the training slices.
 
     Args:
-        draws: Seed of the augmentations.
+        draws: Seed of the augmentations; None: the slices are not augmented.
         epoch: Number of the epoch, from 0.
 
     Returns:
-        Code indices, (N, h, w) int32 per level; and the augmentation, (N, P) float32, see `augmentation.as_condition`,
-        None without any.
+        Code indices, (N, h, w) int32 per level; and the augmentations, (N, P) float32, see `augmentation.as_condition`.
     """
-    if not config.prior_augment:
-        return codes["train"], None
     images = slices["train"].images
+    if draws is None:
+        return codes["train"], np.zeros((len(images), augmentation.NUM_PARAMETERS), np.float32)
     parameters = {name: values.numpy() for name, values in augmentation.draw(len(images), draws, epoch).items()}
     return generator.encode(images, parameters), augmentation.as_condition(parameters).numpy()
-
-
-def _augmentation_input(condition: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The augmentation as an input of a network, if there is any."""
-    return {} if condition is None else {"augmentation": condition}
 
 
 def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
     """How the selector is trained: on code grids of real slices, and on as many that the priors propose.
 
-    For each real slice, a grid is proposed for the same position and the same augmentation. Both are new in each epoch.
+    For each real slice, a grid is proposed for the same position and the same augmentation. Both are new for each of
+    `NUM_PROPOSED` epochs, which are then repeated, because sampling takes longer than training. The slices of the first
+    one are not augmented: the selector must know such slices, too, as it is used for them.
     """
-    shard, draws = devices.process_index_and_count(), seeds.number(config.seed, "augmentation for the selector")
+    shard = devices.process_index_and_count()
+    draws = seeds.number(config.seed, "augmentation for the selector") if config.prior_augment else None
     train, validate = (slices[split].positions for split in ("train", "validate"))
 
     def inputs(
@@ -215,15 +215,18 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
     ) -> dict[str, np.ndarray]:
         proposed = generator.propose_codes(positions, config.seed, purpose=purpose, augmentation=condition)
         levels = {f"codes_{i}": np.concatenate(both) for i, both in enumerate(zip(real, proposed, strict=True))}
-        shared = {"positions": positions} | _augmentation_input(condition)
+        shared = {"positions": positions} | ({} if condition is None else {"augmentation": condition})
         shared = {name: np.concatenate([array, array]) for name, array in shared.items()}
         return levels | shared | {"is_real": np.repeat(np.array([1, 0], np.float32), len(positions))}
 
+    @functools.cache
+    def drawn(number: int) -> dict[str, np.ndarray]:
+        real, condition = training_codes(slices, codes, generator, draws if number else None, number)
+        return inputs(real, train, condition, f"set {number} of the selector")
+
     def batches(epoch: int) -> Any:
-        real, condition = training_codes(config, slices, codes, generator, draws, epoch)
-        drawn = inputs(real, train, condition, f"epoch {epoch} of the selector")
         order = seeds.number(config.seed, "selector")
-        return dataset.input_batches(drawn, "is_real", 2 * config.batch_size, order, epoch, shard)
+        return dataset.input_batches(drawn(epoch % NUM_PROPOSED), "is_real", 2 * config.batch_size, order, epoch, shard)
 
     judged = inputs(codes["validate"], validate, None, "validation of the selector")
     return Stage(

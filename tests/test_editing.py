@@ -126,7 +126,7 @@ def test_a_walk_leads_from_one_slice_to_the_other(made, image):
 
 def test_the_selector_chooses_completions(image):
     made, kept = test_generator.make((4,)), editing.half("top", SIZE)
-    selecting = made.replace(selector=test_generator.few_zeros, num_candidates=6)
+    selecting = made.replace(selector=test_generator.FewZeros(), num_candidates=6)
     codes = made.encode(image[None])
     plain, chosen = (
         editing.complete_codes(own, codes, kept, position=1, count=20, seed=2)[0] for own in (made, selecting)
@@ -137,7 +137,7 @@ def test_the_selector_chooses_completions(image):
 
 @pytest.mark.parametrize("num_candidates", [1, 3])
 def test_common_random_numbers_give_the_same_slice_at_the_same_position(made, num_candidates):
-    made = made.replace(selector=test_generator.few_zeros, num_candidates=num_candidates)
+    made = made.replace(selector=test_generator.FewZeros(), num_candidates=num_candidates)
     codes = made.sample_codes([1, 1, 2], seed=4, is_common=True)
     images = made.draw(codes, seed=4, is_common=True)
     assert np.array_equal(images[0], images[1])

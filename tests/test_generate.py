@@ -12,6 +12,7 @@ import generate
 import phantom
 import sharp
 from generator import Generator
+from selector import Selector
 from tests import test_generator
 
 
@@ -67,7 +68,7 @@ def test_samples_are_drawn_at_the_positions_in_turn(run, made):
 
 
 def test_the_selector_chooses_among_as_many_grids_as_asked_for(run, made, monkeypatch):
-    selecting = made.replace(selector=test_generator.few_zeros, num_candidates=2)
+    selecting = made.replace(selector=test_generator.FewZeros(), num_candidates=2)
     monkeypatch.setattr(Generator, "load", lambda folder: selecting)
     folder = run(num_samples=1, positions=(1,), num_candidates=5)
     expected = selecting.replace(num_candidates=5).sample([1])[0, ..., 0]
@@ -177,11 +178,14 @@ def test_rounded_weights_differ_by_less_than_half_a_percent():
 @pytest.mark.parametrize("grids", [(4,), (4, 8)])
 def test_a_compact_copy_is_read_like_the_run(tmp_path, grids):
     folder = tmp_path / "run"
-    test_generator.write_run(folder, test_generator.make(grids))
+    selector = test_generator.with_random_weights(Selector(16, grids, embedding_dim=4, filters=8))
+    test_generator.write_run(folder, test_generator.make(grids).replace(selector=selector, num_candidates=2))
     (folder / "test_slices.csv").write_text("subject,position,nats\nsomebody,3,70.5\n")
     generate.main(generate.Options(folder, compact=tmp_path / "small"))
     original, copy = Generator.load(folder), Generator.load(tmp_path / "small")
     codes = original.sample_codes([0, 1, 2])
+    both = [generator.log_weights(codes, [0, 1, 2]) for generator in (copy, original)]
+    np.testing.assert_allclose(*both, rtol=0.05, atol=0.05)
     np.testing.assert_allclose(copy.decode(codes), original.decode(codes), atol=0.1)
     assert [prior.settings for prior in copy.priors] == [prior.settings for prior in original.priors]
     assert (tmp_path / "small" / "test_slices.csv").read_text() == "position,nats\n3,70.5\n"

@@ -17,6 +17,7 @@ import saving
 import sharp
 from generator import Generator
 from run import Run, RunError, project_version
+from selector import Selector
 from tests import test_devices
 
 POSITIONS = np.arange(3, dtype=np.int32)
@@ -184,14 +185,19 @@ def test_codes_of_the_prior_itself_have_surprise_0_and_shuffled_ones_more():
 # --------------------------------------------------------------------------------------------------- selector
 
 
-def few_zeros(inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """A selector that prefers grids with few codes 0 so much that it leaves nothing to chance."""
-    levels = [inputs[name] for name in inputs if name.startswith("codes")]
-    return np.float32(-1e6) * sum((level == 0).mean(axis=(1, 2)) for level in levels)
+class FewZeros:
+    """A selector that prefers grids with few codes 0, by default so much that it leaves nothing to chance."""
+
+    def __init__(self, scale: float = 1e6) -> None:
+        self.scale = np.float32(scale)
+
+    def log_weights(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        levels = [inputs[name] for name in inputs if name.startswith("codes")]
+        return -self.scale * sum((level == 0).mean(axis=(1, 2)) for level in levels)
 
 
 def test_the_selector_chooses_among_the_proposals_for_each_position(made):
-    chosen = made.replace(selector=few_zeros, num_candidates=4).sample_codes([0, 2], seed=5)
+    chosen = made.replace(selector=FewZeros(), num_candidates=4).sample_codes([0, 2], seed=5)
     proposed = made.propose_codes([0] * 4 + [2] * 4, seed=5)
     zeros = sum((level == 0).mean(axis=(1, 2)) for level in proposed).reshape(2, 4)
     best = np.arange(2) * 4 + zeros.argmin(axis=1)
@@ -200,13 +206,13 @@ def test_the_selector_chooses_among_the_proposals_for_each_position(made):
 
 def test_without_a_choice_samples_are_the_proposals(made):
     proposed = made.propose_codes(POSITIONS, seed=5)
-    for same in (made, made.replace(selector=few_zeros), made.replace(num_candidates=4)):
+    for same in (made, made.replace(selector=FewZeros()), made.replace(num_candidates=4)):
         sampled = same.sample_codes(POSITIONS, seed=5)
         assert all(np.array_equal(a, b) for a, b in zip(sampled, proposed, strict=True))
 
 
 def test_chosen_samples_do_not_depend_on_those_that_follow(made):
-    own = made.replace(selector=lambda inputs: few_zeros(inputs) * np.float32(1e-5), num_candidates=3)
+    own = made.replace(selector=FewZeros(10), num_candidates=3)
     few, many = (own.sample_codes(POSITIONS[:count], seed=2) for count in (2, 3))
     assert all(np.array_equal(a, b[:2]) for a, b in zip(few, many, strict=True))
 
@@ -224,7 +230,7 @@ def test_proposals_depend_on_the_augmentation(made):
 def test_bits_saved_by_the_selector_are_few_and_need_one(made, images):
     codes = made.encode(images)
     assert not made.selector_bits(codes, POSITIONS).any()
-    saved = made.replace(selector=few_zeros, num_candidates=4).selector_bits(codes, POSITIONS)
+    saved = made.replace(selector=FewZeros(), num_candidates=4).selector_bits(codes, POSITIONS)
     assert saved.shape == (3,)
     assert saved.max() <= 2 + 1e-6
 
@@ -233,14 +239,15 @@ def test_bits_saved_by_the_selector_are_few_and_need_one(made, images):
 
 
 def save(folder: Path, made: Generator) -> None:
-    names = ["vqvae", *model.prior_names(len(made.vqvae.grids))]
-    for name, network in zip(names, [made.vqvae, *made.priors], strict=True):
+    networks = {"vqvae": made.vqvae, **dict(zip(model.prior_names(len(made.vqvae.grids)), made.priors, strict=True))}
+    for name, network in (networks | ({"selector": made.selector} if made.selector else {})).items():
         saving.save_model(network, folder / f"{name}.keras")
 
 
 def write_run(folder: Path, made: Generator) -> None:
     """Write what `Generator.load` reads of a finished run."""
-    new = Run(folder, {"data_dir": "slices of mine"}, {"project": project_version()})
+    selecting = {"selector_epochs": 1, "num_candidates": made.num_candidates} if made.selector else {}
+    new = Run(folder, {"data_dir": "slices of mine", **selecting}, {"project": project_version()})
     with new.start("data", slice_positions=[0, 1, 2], crop=192):
         save(folder, made)
 
@@ -252,6 +259,15 @@ def test_a_finished_run_is_loaded(made, images, tmp_path):
     assert loaded.level_names == made.level_names
     np.testing.assert_allclose(loaded.reconstruct(images), made.reconstruct(images), atol=1e-5)
     np.testing.assert_allclose(loaded.bits(images), made.bits(images), rtol=1e-4)
+
+
+def test_the_selector_of_a_run_is_loaded(made, images, tmp_path):
+    network = with_random_weights(Selector(16, made.vqvae.grids, embedding_dim=4, filters=8))
+    own = made.replace(selector=network, num_candidates=3)
+    write_run(tmp_path, own)
+    loaded, codes = Generator.load(tmp_path), own.encode(images)
+    assert (own.networks, loaded.networks, loaded.candidates) == (["selector"], ["selector"], 3)
+    np.testing.assert_allclose(loaded.log_weights(codes, POSITIONS), own.log_weights(codes, POSITIONS), atol=1e-5)
 
 
 def test_folders_without_a_finished_run_are_named(made, tmp_path):

@@ -26,15 +26,15 @@ def inputs_of(grids: tuple[int, ...], count: int = 3) -> dict[str, np.ndarray]:
 
 def test_every_code_and_the_position_count(made):
     inputs = inputs_of(made.grids, 1)
-    before = ops.convert_to_numpy(made(inputs))
+    before = ops.convert_to_numpy(made.log_weights(inputs))
     assert before.shape == (1,)
     for level, grid in enumerate(made.grids):
         name, changed = f"codes_{level}", np.repeat(inputs[f"codes_{level}"], grid**2, axis=0)
         cells = changed.reshape(grid**2, grid**2)
         np.fill_diagonal(cells, (cells.diagonal() + 1) % 16)
         others = {key: np.repeat(value, grid**2, axis=0) for key, value in inputs.items()} | {name: changed}
-        assert (np.abs(ops.convert_to_numpy(made(others)) - before) > 1e-6).all()
-    assert made({**inputs, "positions": np.int32([7])})[0] != before[0]
+        assert (np.abs(ops.convert_to_numpy(made.log_weights(others)) - before) > 1e-6).all()
+    assert made.log_weights({**inputs, "positions": np.int32([7])})[0] != before[0]
 
 
 def test_without_augmentation_its_parameters_are_zero(made):
@@ -58,9 +58,21 @@ def test_codes_are_not_rounded_in_mixed_precision():
     with training.dtype_policy("mixed_bfloat16"):
         own = Selector(512, (4,), embedding_dim=4, filters=8)
     codes = np.stack([np.full((4, 4), code, np.int32) for code in (509, 510, 511)])
-    weights = ops.convert_to_numpy(own({"codes_0": codes, "positions": np.zeros(3, np.int32)}))
+    weights = ops.convert_to_numpy(own.log_weights({"codes_0": codes, "positions": np.zeros(3, np.int32)}))
     assert weights.dtype == np.float32
     assert len(set(weights.tolist())) == 3
+
+
+def test_classifiers_are_trained_one_by_one_and_judged_together(made):
+    logits, labels = RNG.normal(size=(6, 3)).astype(np.float32), np.float32([1, 0, 1, 0, 1, 0])
+    signs = np.where(labels > 0.5, 1, -1)[:, None]
+    for in_training, judged in ((True, logits), (False, logits.mean(axis=1, keepdims=True))):
+        expected = np.log1p(np.exp(-signs * judged)).mean()
+        batch = ops.convert_to_tensor(labels), ops.convert_to_tensor(logits)
+        assert float(made.compute_loss(None, *batch, training=in_training)) == pytest.approx(expected, rel=1e-5)
+    one = made(inputs_of(made.grids))
+    assert one.shape == (3, selector.NUM_CLASSIFIERS)
+    assert (np.ptp(ops.convert_to_numpy(one), axis=1) > 1e-6).all()
 
 
 def test_a_saved_selector_is_the_same(made, tmp_path):
@@ -72,14 +84,14 @@ def test_a_saved_selector_is_the_same(made, tmp_path):
 def test_log_weights_approach_the_ratio_of_the_distributions():
     """Real grids have code 1 in 80 % of their cells, proposed ones in 50 %; the ratio is that of two binomials."""
     keras.utils.set_random_seed(0)
-    own, count = Selector(2, (2,), embedding_dim=2, filters=16, dropout=0), 4000
+    own, count = Selector(2, (2,), embedding_dim=2, filters=16, units=16, dropout=0), 4000
     fractions = np.repeat([0.8, 0.5], count)
     codes = (RNG.random((2 * count, 2, 2)) < fractions[:, None, None]).astype(np.int32)
     own.compile(keras.optimizers.Adam(0.01))
     inputs = {"codes_0": codes, "positions": np.zeros(2 * count, np.int32)}
     own.fit(inputs, np.repeat(np.float32([1, 0]), count), batch_size=400, epochs=15, verbose=0)
     grids = np.stack(np.unravel_index(np.arange(16), (2, 2, 2, 2)), axis=-1).reshape(-1, 2, 2).astype(np.int32)
-    found = ops.convert_to_numpy(own({"codes_0": grids, "positions": np.zeros(16, np.int32)}))
+    found = ops.convert_to_numpy(own.log_weights({"codes_0": grids, "positions": np.zeros(16, np.int32)}))
     ones = grids.sum(axis=(1, 2))
     expected = ones * np.log(0.8 / 0.5) + (4 - ones) * np.log(0.2 / 0.5)
     probable = ones >= 2  # Few real grids have less.

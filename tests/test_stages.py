@@ -101,7 +101,7 @@ def test_both_levels_of_a_slice_are_augmented_alike(encoded):
 def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(encoded):
     config, slices, encoder, codes = encoded
     for level, inputs in enumerate(epoch_of(encoded, 1, prior_augment=False)):
-        assert "augmentation" not in inputs
+        assert not inputs["augmentation"].any()
         assert np.array_equal(inputs["codes"], codes["train"][level])
     for level, stage in enumerate(prior_stages(config, slices, codes, encoder)):
         ((inputs, targets),) = stage.validation
@@ -117,10 +117,16 @@ def test_critics_are_trained_for_half_of_the_epochs(encoded, epochs, expected):
         assert [stage.epochs for stage in made] == [count] * len(config.grids)
 
 
-def selector_epoch(encoded, epoch: int, **constants) -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module")
+def with_priors(encoded) -> Generator:
+    """Shared by several tests, because compiling its sampling takes longer than sampling."""
+    config, _, encoder, _ = encoded
+    return encoder.replace(priors=[stages.make_prior(config, level) for level in range(len(config.grids))])
+
+
+def selector_epoch(encoded, generator: Generator, epoch: int, **constants) -> dict[str, np.ndarray]:
     """The inputs of the selector in an epoch, those of real slices first, sorted by position."""
-    config, slices, encoder, codes = encoded
-    generator = encoder.replace(priors=[stages.make_prior(config, level) for level in range(len(config.grids))])
+    config, slices, _, codes = encoded
     stage = stages.selector_stage(dataclasses.replace(config, **constants), slices, codes, generator)
     batches = list(stage.batches(epoch).take(stage.steps))
     assert all(np.array_equal(inputs["is_real"], targets) for inputs, targets in batches)
@@ -129,9 +135,9 @@ def selector_epoch(encoded, epoch: int, **constants) -> dict[str, np.ndarray]:
     return {name: values[order] for name, values in inputs.items()}
 
 
-def test_the_selector_sees_a_proposal_for_each_augmented_slice(encoded):
+def test_the_selector_sees_a_proposal_for_each_augmented_slice(encoded, with_priors):
     _, slices, encoder, _ = encoded
-    inputs, count = selector_epoch(encoded, 1), len(slices["train"])
+    inputs, count = selector_epoch(encoded, with_priors, 1), len(slices["train"])
     assert np.array_equal(inputs["is_real"], np.repeat([1, 0], count))
     for name in ("positions", "augmentation"):
         assert np.array_equal(inputs[name][:count], inputs[name][count:])
@@ -141,25 +147,34 @@ def test_the_selector_sees_a_proposal_for_each_augmented_slice(encoded):
         assert np.mean(inputs[f"codes_{level}"][count:] == own) < 0.7
 
 
-def test_batches_of_the_selector_are_a_function_of_seed_and_epoch(encoded):
-    first, again = selector_epoch(encoded, 1), selector_epoch(encoded, 1)
+def test_batches_of_the_selector_are_a_function_of_seed_and_epoch(encoded, with_priors):
+    first, again, later, of_other_seed = (
+        selector_epoch(encoded, with_priors, epoch, seed=seed) for epoch, seed in ((1, 0), (1, 0), (2, 0), (1, 1))
+    )
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    for other in (selector_epoch(encoded, 2), selector_epoch(encoded, 1, seed=1)):
+    for other in (later, of_other_seed):
         for part in np.split(np.arange(len(first["is_real"])), 2):
             assert not np.array_equal(first["codes_0"][part], other["codes_0"][part])
-    assert "augmentation" not in selector_epoch(encoded, 1, prior_augment=False)
+    assert not selector_epoch(encoded, with_priors, 1, prior_augment=False)["augmentation"].any()
+
+
+def test_one_set_of_the_selector_is_not_augmented_and_all_sets_come_again(encoded, with_priors):
+    _, slices, _, codes = encoded
+    first, again = (selector_epoch(encoded, with_priors, epoch) for epoch in (0, stages.NUM_PROPOSED))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not first["augmentation"].any()
+    for level, own in enumerate(codes["train"]):
+        assert np.array_equal(first[f"codes_{level}"][: len(slices["train"])], own)
 
 
 @pytest.fixture(scope="module")
-def decoder_stage(encoded) -> training.Stage:
-    config, slices, encoder, codes = encoded
-    priors = [stages.make_prior(config, level) for level in range(len(config.grids))]
-    generator = Generator(encoder.vqvae, priors, encoder.positions)
+def decoder_stage(encoded, with_priors) -> training.Stage:
+    config, slices, _, codes = encoded
     return stages.decoder_stage(
         dataclasses.replace(config, decoder_epochs=2, decoder_channels=8, decoder_batch_size=4),
         slices,
         codes,
-        generator,
+        with_priors,
     )
 
 
