@@ -179,7 +179,7 @@ class GridClassifier(keras.layers.Layer):
         self.logit = keras.layers.Dense(1, dtype="float32", name="logit")
 
     def build(self, grid_shape: Shape, slices_shape: Shape) -> None:
-        side = grid_shape[1]
+        side: Any = grid_shape[1]
         while side > COARSEST or len(self.convolutions) < 2:
             side, name = -(-side // 2), f"down_{len(self.convolutions) - 1}"
             self.convolutions.append(keras.layers.Conv2D(kernel_size=4, strides=2, **self.options, name=name))
