@@ -199,6 +199,11 @@ def run_command(command: Callable[[], object], on_stop: str) -> int:
         if stopped.status != 128 + SIGPIPE:
             _print_last(f"\nstopped; {one_line(on_stop)}")
         return stopped.status
+    except Exception:  # Code that was interrupted may turn `Stopped` into an error of its own.
+        if _received is None:
+            raise
+        _print_last(f"\nstopped; {one_line(on_stop)}")
+        return 128 + _received
     return 0
 
 

@@ -55,6 +55,20 @@ def test_a_signal_that_was_swallowed_is_raised_again(tmp_path):
     console.raise_if_stopped()
 
 
+@pytest.mark.usefixtures("_keep_signal_handlers")
+def test_a_signal_that_became_another_error_ends_a_command_without_a_traceback(capsys):
+    def interrupted():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except console.Stopped:
+            raise SystemError("a library was interrupted") from None
+
+    assert console.run_command(interrupted, "start it again") == 130
+    assert capsys.readouterr().err == "\nstopped; start it again\n"
+    with pytest.raises(ZeroDivisionError):
+        console.run_command(lambda: 1 / 0, "")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_every_console_can_print_every_character(encoding):
     text = "β × 12 × 12 − … → ± ² 95\u00a0% ╭─╮ 脳 \udcff"
