@@ -196,15 +196,16 @@ def run_command(command: Callable[[], object], on_stop: str) -> int:
         _print_last(f"error: {one_line(error)}")
         return 2
     except Stopped as stopped:
-        if stopped.status != 128 + SIGPIPE:
-            _print_last(f"\nstopped; {one_line(on_stop)}")
-        return stopped.status
+        status = stopped.status
     except Exception:  # Code that was interrupted may turn `Stopped` into an error of its own.
         if _received is None:
             raise
+        status = 128 + _received
+    else:
+        return 0
+    if status != 128 + SIGPIPE:
         _print_last(f"\nstopped; {one_line(on_stop)}")
-        return 128 + _received
-    return 0
+    return status
 
 
 def _print_last(message: str) -> None:
