@@ -127,7 +127,7 @@ def vqvae_stage(config: Any, slices: Slices) -> Stage:
         batches=lambda epoch: dataset.image_batches(
             train, config.batch_size, config.seed, epoch, config.augment, shard
         ),
-        validation=dataset.image_batches(slices["validate"], config.batch_size, shard=shard),
+        validation=lambda: dataset.image_batches(slices["validate"], config.batch_size, shard=shard),
         steps=dataset.steps_per_epoch(len(train), config.batch_size),
         monitor="val_reconstruction",
         epochs=config.vqvae_epochs,
@@ -168,7 +168,7 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
         name=names[level],
         make=lambda: make_critic(config, level) if critic else make_prior(config, level),
         batches=batches,
-        validation=dataset.input_batches(validation, "codes", config.batch_size, shard=shard),
+        validation=lambda: dataset.input_batches(validation, "codes", config.batch_size, shard=shard),
         steps=dataset.steps_per_epoch(len(positions), config.batch_size),
         monitor="val_loss",
         epochs=critic_epochs(config) if critic else config.prior_epochs,
@@ -228,12 +228,15 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
         order = seeds.number(config.seed, "selector")
         return dataset.input_batches(drawn(epoch % NUM_PROPOSED), "is_real", 2 * config.batch_size, order, epoch, shard)
 
-    judged = inputs(codes["validate"], validate, None, "validation of the selector")
+    def validation() -> Any:
+        judged = inputs(codes["validate"], validate, None, "validation of the selector")
+        return dataset.input_batches(judged, "is_real", 2 * config.batch_size, shard=shard)
+
     return Stage(
         name="selector",
         make=lambda: make_selector(config, generator.vqvae),
         batches=batches,
-        validation=dataset.input_batches(judged, "is_real", 2 * config.batch_size, shard=shard),
+        validation=validation,
         steps=dataset.steps_per_epoch(2 * len(train), 2 * config.batch_size),
         monitor="val_loss",
         epochs=config.selector_epochs,
@@ -263,7 +266,9 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
         name="decoder",
         make=lambda: make_decoder_tuning(config, generator.vqvae, scale),
         batches=batches,
-        validation=dataset.input_batches(inputs("validate"), "positions", config.decoder_batch_size, shard=shard),
+        validation=lambda: dataset.input_batches(
+            inputs("validate"), "positions", config.decoder_batch_size, shard=shard
+        ),
         steps=dataset.steps_per_epoch(len(train), config.decoder_batch_size),
         monitor="val_loss",
         epochs=config.decoder_epochs,

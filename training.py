@@ -37,7 +37,7 @@ class Stage:
         name: Name of the network; its file is NAME.keras, its rows in history.csv have this stage.
         make: Creates the untrained network.
         batches: Returns the training batches of an epoch, counted from 0, this process's shard of each.
-        validation: This process's shard of the validation batches.
+        validation: Returns this process's shard of the validation batches.
         steps: Number of training batches per epoch.
         monitor: Name of the validation metric that decides which epoch is best; lower is better.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
@@ -52,7 +52,7 @@ class Stage:
     name: str
     make: Callable[[], keras.Model]
     batches: Callable[[int], tf.data.Dataset]
-    validation: tf.data.Dataset
+    validation: Callable[[], tf.data.Dataset]
     steps: int
     monitor: str
     epochs: int
@@ -145,7 +145,7 @@ def fit(network: keras.Model, stage: Stage, epochs_done: int, callbacks: Sequenc
             epochs=epoch + 1,
             steps_per_epoch=stage.steps,
             shuffle=False,  # The batches are shuffled already.
-            validation_data=stage.validation,
+            validation_data=stage.validation(),
             verbose=0,
             callbacks=[*callbacks],
         )

@@ -1,6 +1,7 @@
 """How the networks of a configuration are trained: on which batches, and for how long."""
 
 import dataclasses
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(
         assert not inputs["augmentation"].any()
         assert np.array_equal(inputs["codes"], codes["train"][level])
     for level, stage in enumerate(prior_stages(config, slices, codes, encoder)):
-        ((inputs, targets),) = stage.validation
+        ((inputs, targets),) = stage.validation()
         assert inputs.keys() == {"codes", "positions"} | ({"coarse"} if level else set())
         assert np.array_equal(targets, codes["validate"][level])
 
@@ -167,6 +168,17 @@ def test_one_set_of_the_selector_is_not_augmented_and_all_sets_come_again(encode
         assert np.array_equal(first[f"codes_{level}"][: len(slices["train"])], own)
 
 
+def test_the_selector_is_judged_on_unseen_slices_and_they_are_sampled_only_if_it_is_trained(encoded, with_priors):
+    config, slices, _, codes = encoded
+    generator = with_priors.replace(propose_codes=unittest.mock.Mock(wraps=with_priors.propose_codes))
+    stage = stages.selector_stage(config, slices, codes, generator)
+    generator.propose_codes.assert_not_called()
+    ((inputs, is_real),) = stage.validation()
+    generator.propose_codes.assert_called_once()
+    for level, own in enumerate(codes["validate"]):
+        assert np.array_equal(inputs[f"codes_{level}"][is_real == 1], own)
+
+
 @pytest.fixture(scope="module")
 def decoder_stage(encoded, with_priors) -> training.Stage:
     config, slices, _, codes = encoded
@@ -216,7 +228,7 @@ def test_previews_are_sheets_of_slices(encoded, decoder_stage):
 
 
 def test_the_decoder_is_judged_on_unseen_slices(encoded, decoder_stage):
-    (inputs, _), *_ = decoder_stage.validation
+    (inputs, _), *_ = decoder_stage.validation()
     assert np.array_equal(inputs["images"], encoded[1]["validate"].images)
     assert np.array_equal(inputs["codes_0"], encoded[3]["validate"][0])
 

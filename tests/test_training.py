@@ -83,7 +83,7 @@ def train(
         name="net",
         make=make,
         batches=batches,
-        validation=tf.data.Dataset.from_tensors(batch(100)),
+        validation=lambda: tf.data.Dataset.from_tensors(batch(100)),
         steps=STEPS,
         monitor="val_loss",
         epochs=EPOCHS,
