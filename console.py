@@ -233,6 +233,16 @@ def stop_on_signals() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Report an exception that Python cannot raise, as in a callback of the garbage collector.
+
+    `Stopped` is not reported, because `raise_if_stopped` raises it later.
+    """
+    if not isinstance(unraisable.exc_value, Stopped):
+        sys.__unraisablehook__(unraisable)
 
 
 def raise_if_stopped() -> None:

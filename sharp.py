@@ -199,7 +199,7 @@ class SharpDecoder(DetailModel):
         decoded = None
         for vectors, decoder in zip(quantized, self.decoders, strict=True):
             decoded = decoder(model.concatenate(vectors, decoded))
-        faithful = ops.clip(decoded, 0, 1)
+        faithful = ops.clip(ops.cast(decoded, "float32"), 0, 1)
         return model.blacken(faithful, ops.all(quantized[-1] == 0, axis=-1)) if self.background_code else faithful
 
     def blur(self, inputs: Mapping[str, Tensor]) -> Tensor:

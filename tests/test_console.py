@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def test_a_signal_that_was_swallowed_is_raised_again(tmp_path):
     assert not (tmp_path / "file").exists()
     console.stop_on_signals()
     console.raise_if_stopped()
+
+
+def test_a_signal_during_garbage_collection_prints_no_traceback():
+    code = """
+        import console, gc, signal
+
+        def collect():
+            gc.callbacks.append(lambda *given: signal.raise_signal(signal.SIGINT))
+            gc.collect()
+            gc.callbacks.clear()
+            console.raise_if_stopped()
+
+        console.run_command(collect, "start it again")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "\nstopped; start it again\n"
 
 
 @pytest.mark.usefixtures("_keep_signal_handlers")
@@ -106,6 +123,7 @@ def run_with_output(to: str, command: str, *options: str) -> tuple[int, str]:
     code = f"""
 import console; console.start()
 import sys
+import textwrap
 def command():
     try:
         {command}
