@@ -69,14 +69,12 @@ class Config:
     prior_learning_rate: float = 1e-3  # peak, as above
 
     selector_epochs: int = 27  # of the selector, which chooses among proposals of the prior; 0: it is not used
-    num_candidates: int = 16  # number of proposals for each generated slice; 1: the selector chooses nothing
+    num_candidates: int = 8  # number of proposals for each generated slice; 1: the selector chooses nothing
 
     decoder_epochs: int = 10  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
-    decoder_batch_size: int = 2  # slices per training step of the sharp decoder, and of the upsampler
+    decoder_batch_size: int = 2  # slices per training step of the sharp decoder
     decoder_learning_rate: float = 1e-3  # peak, as above
     decoder_channels: int = 32  # of the sharp decoder's finest resolution; coarser ones have up to four times as many
-    upsampler_epochs: int = 6  # of the upsampler, which enlarges samples if coding_size is below image_size; 0: none
-    upsampler_channels: int = 16  # of the upsampler's finest resolution, as above
 
     num_samples: int = 20  # number of generated slices in samples/
     measured_slices: int = 1000  # maximum number of validation and test slices that are compared with samples
@@ -146,7 +144,7 @@ def main(config: Config) -> dict[str, Any]:
             encoder, codes = train_vqvae(config, run, slices)
             generator = train_priors(config, run, slices, codes, encoder)
             generator = train_selector(config, run, slices, codes, generator)
-            generator = train_detail(config, run, slices, codes, generator)
+            generator = train_decoder(config, run, slices, codes, generator)
             critic = train_priors(config, run, slices, codes, encoder, critic=True)
             devices.shutdown()
             if not run:
@@ -205,16 +203,13 @@ def train_selector(config: Config, run: Run | None, slices: Slices, codes: Codes
     return generator.replace(selector=selector, num_candidates=config.num_candidates)
 
 
-def train_detail(config: Config, run: Run | None, slices: Slices, codes: Codes, generator: Generator) -> Generator:
-    """Train the sharp decoder and the upsampler, if there are to be. Returns the generator that draws samples."""
-    drawing, settings = generator, options.training_settings(config)
-    if config.decoder_epochs:
-        stage = stages.decoder_stage(config, slices, codes, drawing)
-        drawing = drawing.replace(decoder=training.train(stage, run, **settings))
-    if options.has_upsampler(config):
-        stage = stages.upsampler_stage(config, slices, codes, drawing)
-        drawing = drawing.replace(upsampler=training.train(stage, run, **settings))
-    return drawing if config.sharp_samples else generator
+def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes, generator: Generator) -> Generator:
+    """Train the sharp decoder, if there is to be one. Returns the generator that samples are drawn with."""
+    if not config.decoder_epochs:
+        return generator
+    stage = stages.decoder_stage(config, slices, codes, generator)
+    decoder = training.train(stage, run, **options.training_settings(config) | {"start_from": None, "keep": ()})
+    return generator.replace(decoder=decoder) if config.sharp_samples else generator
 
 
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:

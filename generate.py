@@ -85,7 +85,7 @@ def main(options: Options) -> None:
     check(options)
     generator = Generator.load(options.run_dir)
     if not options.sharp:
-        generator = generator.replace(decoder=None, upsampler=None)
+        generator = generator.replace(decoder=None)
     if options.num_candidates:
         generator = generator.replace(num_candidates=options.num_candidates)
     if options.export:
@@ -237,7 +237,8 @@ def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
     """
     networks: dict[str, keras.Model] = {"vqvae": generator.vqvae}
     networks |= dict(zip(model.prior_names(len(generator.priors)), generator.priors, strict=True))
-    networks |= {name: getattr(generator, name) for name in generator.networks}
+    networks |= {"selector": generator.selector} if generator.selector else {}
+    networks |= {"decoder": generator.decoder} if generator.decoder else {}
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     config["constants"] |= {"data_dir": None, "start_from": None, "keep": []}
     with atomic_path(folder) as unfinished:
@@ -283,8 +284,7 @@ def export(generator: Generator, path: Path) -> None:
 
     The encoder maps `images` (B, H, W, 1) float32 in [0, 1] to code indices (B, h, w) int32 per level, the coarsest
     level first. The decoder maps them, as `codes_0` and so on, to images. If the run has a sharp decoder, this one is
-    exported; it also reads `noise` (B, S, S, 1) float32, normally distributed, where S is the coding size. An upsampler
-    becomes part of the decoder, which then also reads `fine_noise` (B, H, W, 1).
+    exported; it also reads `noise` (B, H, W, 1) float32, normally distributed.
 
     Raises:
         GenerateError: tf2onnx is missing, or Keras does not use TensorFlow.
@@ -298,15 +298,14 @@ def export(generator: Generator, path: Path) -> None:
     size, grids = generator.vqvae.image_size, generator.vqvae.grids
     images = tf.TensorSpec((None, size, size, 1), tf.float32, name="images")
     codes = [tf.TensorSpec((None, grid, grid), tf.int32, name=f"codes_{i}") for i, grid in enumerate(grids)]
-    noise = [
-        tf.TensorSpec((None, side, side, 1), tf.float32, name=name)
-        for side, name in zip(generator.noise_sizes, ("noise", "fine_noise"), strict=False)
-    ]
+    noise = tf.TensorSpec((None, size, size, 1), tf.float32, name="noise")
 
     def decode(*inputs: Any) -> Any:
-        return generator.draw_batch(inputs[: len(grids)], inputs[len(grids) :])
+        if not generator.decoder:
+            return generator.vqvae.decode_code(inputs)
+        return generator.decoder(dict(zip([*(f"codes_{i}" for i in range(len(grids))), "noise"], inputs, strict=True)))
 
-    functions = (generator.vqvae.encode, [images]), (decode, [*codes, *noise])
+    functions = (generator.vqvae.encode, [images]), (decode, [*codes, *([noise] if generator.decoder else [])])
     for file, (function, signature) in zip(exported_files(path), functions, strict=True):
         compiled = tf.function(function, input_signature=signature, autograph=False)
         converted = tf2onnx.convert.from_function(compiled, input_signature=signature, opset=ONNX_OPSET)[0]

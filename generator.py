@@ -29,7 +29,6 @@ import sampling
 import saving
 import seeds
 import sharp
-from layers import resize
 from run import Run, RunError, read_config
 from selector import Selector, choose, log_likelihood_gain
 
@@ -53,7 +52,6 @@ class Generator:
         crop: Side in pixels of the central square of the slices that the networks were trained on, resized; 0 for whole
             slices. Images that are encoded must be cropped alike, as by `pngs.decode`, and generated ones are.
         decoder: The sharp decoder. Without it, `draw` and `sample` use that of the VQ-VAE.
-        upsampler: Enlarges what the sharp decoder draws, if the VQ-VAE encodes smaller images than these.
         selector: Chooses among the grids of codes that the priors propose. Without it, the first proposal is used.
         num_candidates: Number of proposals for each sample, 1 or more.
     """
@@ -68,11 +66,10 @@ class Generator:
         decoder: sharp.SharpDecoder | None = None,
         selector: Selector | None = None,
         num_candidates: int = 1,
-        upsampler: sharp.Upsampler | None = None,
     ) -> None:
         self.vqvae, self.priors = vqvae, list(priors)
         self.positions = np.asarray(positions, np.int32)
-        self.batch_size, self.crop, self.decoder, self.upsampler = batch_size, crop, decoder, upsampler
+        self.batch_size, self.crop, self.decoder = batch_size, crop, decoder
         self.selector, self.num_candidates = selector, num_candidates
 
     @classmethod
@@ -94,15 +91,13 @@ class Generator:
         vqvae = saving.load_model(run_dir / "vqvae.keras", model.VQVAE)
         names = model.prior_names(len(vqvae.grids))
         priors = [saving.load_model(run_dir / f"{name}.keras", model.PixelCNN) for name in names]
-        constants, parts = config["constants"], {}
+        constants, decoder, selector = config["constants"], None, None
         if constants.get("decoder_epochs") and constants["sharp_samples"]:
-            parts["decoder"] = saving.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
-            if vqvae.coding_size < vqvae.image_size and constants.get("upsampler_epochs"):
-                parts["upsampler"] = saving.load_model(run_dir / "upsampler.keras", sharp.Upsampler)
+            decoder = saving.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
         if constants.get("selector_epochs"):
-            parts["selector"] = saving.load_model(run_dir / "selector.keras", Selector)
-        parts["num_candidates"] = constants.get("num_candidates", 1)
-        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], **parts)
+            selector = saving.load_model(run_dir / "selector.keras", Selector)
+        candidates = constants.get("num_candidates", 1)
+        return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder, selector, candidates)
 
     def replace(self, **parts: Any) -> "Generator":
         """Return a copy of which some parts, named as the arguments of the constructor, are replaced."""
@@ -115,9 +110,8 @@ class Generator:
 
         The first image of each batch size takes some seconds. Images may differ from those of the original by rounding.
         """
-        drawing = [self.decoder, self.upsampler] if self.decoder else [self.vqvae]
-        variables = [variable for network in drawing if network for variable in network.variables]
-        return self.replace(_draw=sampling.compile_function(self._draw, variables))
+        drawing = self.decoder or self.vqvae
+        return self.replace(_draw=sampling.compile_function(self._draw, drawing.variables))
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -136,8 +130,8 @@ class Generator:
 
     @property
     def networks(self) -> list[str]:
-        """Names of those networks that not every run has: "selector", "decoder", "upsampler"."""
-        return [name for name in ("selector", "decoder", "upsampler") if getattr(self, name) is not None]
+        """Names of those networks that not every run has: "selector", "decoder"."""
+        return [name for name in ("selector", "decoder") if getattr(self, name) is not None]
 
     @property
     def candidates(self) -> int:
@@ -181,8 +175,6 @@ class Generator:
     ) -> np.ndarray:
         """Decode code indices with the sharp decoder, if there is one, which draws the detail that they leave open.
 
-        The upsampler, if there is one, enlarges what it draws.
-
         Args:
             codes: Code indices, (N, h, w) int32 per level.
             seed: The same seed gives the same detail for the same purpose; 0 or more.
@@ -192,14 +184,12 @@ class Generator:
         Returns:
             (N, H, W, 1) float32 in [0, 1].
         """
-        return self._with_noise(lambda noise, *batch: self.draw_batch(batch, noise), codes, seed, purpose, is_common)
+        lookups = [quantizer.lookup for quantizer in self.vqvae.quantizers]
 
-    def draw_batch(self, codes: Sequence[Any], noise: Sequence[Any]) -> Any:
-        """Draw one batch of images, as `draw` does, with given noise: (B, H, W, 1) for each of `noise_sizes`."""
-        quantizers = self.vqvae.quantizers
-        return self._draw(
-            [quantizer.lookup(indices) for quantizer, indices in zip(quantizers, codes, strict=True)], noise
-        )
+        def draw(noise: np.ndarray, *batch: np.ndarray) -> Any:
+            return self._draw([lookup(indices) for lookup, indices in zip(lookups, batch, strict=True)], noise)
+
+        return self._with_noise(draw, codes, seed, purpose, is_common)
 
     def walk(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], steps: int, seed: int = 0) -> np.ndarray:
         """Draw the way from one image to another: codebook vectors are interpolated, and the noise stays the same.
@@ -219,30 +209,19 @@ class Generator:
             quantized.append((1 - weights) * begin + weights * end)
         return self._with_noise(lambda noise, *batch: self._draw(batch, noise), quantized, seed, "samples", True)
 
-    @property
-    def noise_sizes(self) -> list[int]:
-        """Height and width of the noise that is drawn with: that of the sharp decoder, and that of the upsampler."""
-        return [network.image_size for network in (self.decoder, self.upsampler) if self.decoder and network]
-
-    def _draw(self, quantized: Sequence[Any], noise: Sequence[Any]) -> Any:
-        """Decode quantized vectors, (B, h, w, D) per level, and noise, (B, H, W, 1) for each of `noise_sizes`."""
-        if not self.decoder:
-            return self.vqvae.decode(quantized)
-        images = self.decoder.decode(quantized, noise[0])
-        if self.upsampler:
-            return self.upsampler({"images": images, "noise": noise[1]})
-        return keras.ops.clip(resize(images, self.vqvae.image_size), 0, 1)
+    def _draw(self, quantized: Sequence[Any], noise: np.ndarray) -> Any:
+        """Decode quantized vectors, (B, h, w, D) per level, and noise (B, H, W, 1)."""
+        return self.decoder.decode(quantized, noise) if self.decoder else self.vqvae.decode(quantized)
 
     def _with_noise(
         self, draw: Callable[..., Any], arrays: Sequence[np.ndarray], seed: int, purpose: str, is_common: bool
     ) -> np.ndarray:
-        """Call `draw` with noise, a stream of it per image, and a few rows of the arrays at a time; see `_draw`."""
+        """Call `draw` with noise (B, H, W, 1), a stream of it per image, and a few rows of the arrays at a time."""
+        shape = (self.vqvae.image_size, self.vqvae.image_size, 1)
 
         def draw_batch(index: np.ndarray, *batch: np.ndarray) -> list[Any]:
             streams = [seeds.generator(seed, f"noise of {purpose}", int(i)) for i in index]
-            shapes = [(size, size, 1) for size in self.noise_sizes]
-            noise = [np.stack([stream.standard_normal(shape, np.float32) for stream in streams]) for shape in shapes]
-            return [draw(noise, *batch)]
+            return [draw(np.stack([random.standard_normal(shape, np.float32) for random in streams]), *batch)]
 
         index = np.arange(len(arrays[0])) * (not is_common)
         return self._in_batches(draw_batch, [index, *arrays], "slices decoded")[0]

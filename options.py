@@ -69,7 +69,7 @@ _EARLIER_WORK = {
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
-        "192 x 192, the pixels of OASIS slices as they are: oasis96 and an upsampler",
+        "192 x 192, the pixels of OASIS slices as they are, drawn from the codes of oasis96",
         {"image_size": 192, "coding_size": 96},
     ),
     "synthetic": (
@@ -236,12 +236,6 @@ def run_folder(config: Any) -> Path:
     return Path("runs") / f"{config.name}{suffix}"
 
 
-def has_upsampler(config: Any) -> bool:
-    """Whether an upsampler enlarges what the sharp decoder draws."""
-    is_smaller = config.coding_size is not None and config.coding_size < config.image_size
-    return bool(is_smaller and config.decoder_epochs and config.upsampler_epochs)
-
-
 def training_settings(config: Any) -> dict[str, Any]:
     """Keyword arguments of `training.train` that all stages share."""
     names = {"num_devices": "devices"} | {
@@ -303,15 +297,13 @@ def check(config: Any) -> None:
     positive += ("num_candidates", "num_samples", "measured_slices", "devices", "num_processes")
     for name in positive:
         require(name, lambda v: v >= 1, "at least 1")
-    for name in ("prior_filters", "bottom_prior_filters", "decoder_channels", "upsampler_channels"):
+    for name in ("prior_filters", "bottom_prior_filters", "decoder_channels"):
         require(name, lambda v: v >= 2, "at least 2")
     for name in ("vqvae_learning_rate", "prior_learning_rate", "decoder_learning_rate", "temperature"):
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
     for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
-    for name in ("selector_epochs", "decoder_epochs", "upsampler_epochs"):
-        require(name, lambda v: v >= 0, "0 or more")
-    for name in ("seed", "residual_blocks", "top_k", "process_index", "previews"):
+    for name in ("seed", "residual_blocks", "selector_epochs", "decoder_epochs", "top_k", "process_index", "previews"):
         require(name, lambda v: v >= 0, "0 or more")
     require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
     for name in ("prior_attention", "bottom_prior_attention"):
@@ -344,8 +336,6 @@ def _check_kept(config: Any) -> None:
     num_levels = len(config.grids)
     allowed = ["vqvae", *model.prior_names(num_levels), *model.critic_names(num_levels)]
     allowed += ["selector"] if config.selector_epochs else []
-    allowed += ["decoder"] if config.decoder_epochs else []
-    allowed += ["upsampler"] if has_upsampler(config) else []
     for name in config.keep:
         if name not in allowed:
             raise ConfigError(f"keep has {name}: choose from {', '.join(allowed)}")

@@ -181,10 +181,6 @@ def _draw_decoder_loss(path: Path, results: Results) -> None:
     plots.loss(path, history, "Sharp decoder", "squared error of the velocity", results.note)
 
 
-def _draw_upsampler_loss(path: Path, results: Results) -> None:
-    plots.loss(path, _history(results, "upsampler"), "Upsampler", "squared error of the velocity", results.note)
-
-
 def _draw_sharp_reconstructions(path: Path, results: Results) -> None:
     assert results.sharp_reconstructions is not None
     index, originals, labels = _shown(results)
@@ -350,11 +346,5 @@ PICTURES = (
         "Loss of the sharp decoder by epoch. If the validation loss rises, the decoder memorises slices. The epoch "
         "with the lowest validation loss is kept.",
         needs="decoder",
-    ),
-    Picture(
-        "upsampler_loss",
-        _draw_upsampler_loss,
-        "Loss of the upsampler by epoch. The epoch with the lowest validation loss is kept.",
-        needs="upsampler",
     ),
 )

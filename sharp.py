@@ -1,15 +1,14 @@
-"""The sharp decoder and the upsampler: they draw the detail that codes and small images do not determine.
+"""The sharp decoder: it draws the detail that codes do not determine, by flow matching.
 
 A grid of codes cannot say where each fold lies. A decoder that is trained to be right on average therefore blurs them.
 The sharp decoder adds what is missing to the image that the VQ-VAE decodes: it turns noise into one plausible image
-among those that the codes allow. If the VQ-VAE encodes smaller images than those to be drawn, the upsampler enlarges
-what the sharp decoder draws, and adds the finest detail in the same way. Encoder, codebook and prior stay as they are,
-so codes and their likelihoods remain valid.
+among those that the codes allow. Encoder, codebook and prior stay as they are, so codes and their likelihoods remain
+valid.
 
 References:
     Lipman et al. 2023, "Flow Matching for Generative Modeling"
     Liu et al. 2023, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow"
-    Ho et al. 2022, "Cascaded Diffusion Models for High Fidelity Image Generation" (the upsampler)
+    Ho et al. 2022, "Cascaded Diffusion Models for High Fidelity Image Generation" (detail for a blurred image)
     Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (logit-normal times)
     Ronneberger et al. 2015, "U-Net: Convolutional Networks for Biomedical Image Segmentation"
     Vaswani et al. 2017, "Attention Is All You Need" (attention, sines and cosines of the time)
@@ -27,136 +26,73 @@ import model
 import seeds
 from layers import PACKAGE, Shape, Tensor, replica_index_and_count, resize
 
+WORKING_SIZE = 96  # Resolution at which the network works, about; each of its cells is a square of pixels.
 TIME_FEATURES = 128  # Number of features that describe the time.
 HEAD_SIZE = 32  # Channels of each attention head.
 NUM_STEPS = 4  # Steps from noise to detail, each with two evaluations of the network.
-BRAIN_LEVEL = 0.004  # Grey level above which a pixel of a blurred image counts as brain.
-EDGE_LEVEL = 0.05  # The same in an image with detail.
-BRAIN_MARGIN = 5  # Side of the square around such a pixel outside of which images are black.
-SCALE_BATCH = 50  # Slices of which the scale of the detail is measured at a time.
-
-
-class DetailModel(keras.Model):
-    """Adds detail to blurred images by flow matching: the base class of `SharpDecoder` and `Upsampler`.
-
-    The detail d of an image x is what a blurred image y of it lacks, d = (x − y) / detail_scale. Along the straight
-    path from noise ε to detail, z_t = (1 − t) ε + t d with t from 0 to 1, a `VelocityNetwork` predicts the velocity
-    d − ε from z_t, t and y (Lipman et al. 2023, equation 23). To draw, Heun's method follows the predicted velocity
-    from noise to detail in `NUM_STEPS` steps: each uses the mean of the velocities at its two ends.
-
-    Args:
-        image_size: Height and width of the images.
-        detail_channels: See `VelocityNetwork`.
-
-    Attributes:
-        velocity: The `VelocityNetwork`.
-        detail_scale: Standard deviation of what blurred images lack, on the [0, 1] scale; see `fit_scale`.
-    """
-
-    def __init__(self, image_size: int, detail_channels: int, name: str, **kwargs: Any) -> None:
-        super().__init__(name=name, **kwargs)
-        self.image_size = image_size
-        self.velocity = VelocityNetwork(image_size, detail_channels, name="velocity")
-        self.detail_scale = self.add_weight(
-            shape=(), initializer="ones", trainable=False, autocast=False, dtype="float32", name="detail_scale"
-        )
-
-    def blur(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return blurred images of slices, (B, H, W, 1) float32 in [0, 1].
-
-        Args:
-            inputs: "images", slices (B, H', W', 1) uint8, and their codes, as in `SharpDecoder.call`.
-        """
-        raise NotImplementedError
-
-    def targets(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return slices of the model's image size, (B, H, W, 1) float32 in [0, 1]; see `blur`."""
-        return ops.clip(resize(ops.cast(inputs["images"], "float32") / 255, self.image_size), 0, 1)
-
-    def fit_scale(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Set `detail_scale` to what the blurred images of these slices lack near the brain; see `blur`."""
-        squares, count = 0.0, 0.0
-        for start in range(0, len(inputs["images"]), SCALE_BATCH):
-            batch = {name: values[start : start + SCALE_BATCH] for name, values in inputs.items()}
-            blurred = self.blur(batch)
-            counts = ops.cast(blurred > BRAIN_LEVEL, "float32")
-            squares += float(ops.sum(counts * ops.square(self.targets(batch) - blurred)))
-            count += float(ops.sum(counts))
-        self.detail_scale.assign(max(math.sqrt(squares / max(count, 1)), 1e-3))
-
-    def add_detail(self, blurred: Tensor, noise: Tensor) -> Tensor:
-        """Add detail to blurred images.
-
-        Args:
-            blurred: (B, H, W, 1) float32 in [0, 1].
-            noise: The same shape, normally distributed with mean 0 and variance 1.
-
-        Returns:
-            The same shape, float32 in [0, 1]. Pixels that are far from the brain are black.
-        """
-        detail, step = ops.cast(noise, "float32"), 1 / NUM_STEPS
-
-        def velocity(detail: Tensor, time: float) -> Tensor:
-            times = ops.full_like(detail[:, 0, 0, 0], time)
-            return self.velocity({"detail": detail, "blurred": blurred, "time": times})
-
-        for i in range(NUM_STEPS):
-            first = velocity(detail, i * step)
-            second = velocity(detail + step * first, (i + 1) * step)
-            detail = detail + step * (first + second) / 2
-        images = near_brain(blurred) * ops.clip(blurred + self.detail_scale * detail, 0, 1)
-        return near_brain(images, EDGE_LEVEL) * images  # Otherwise, faint noise would surround the brain.
+BRAIN_LEVEL = 0.004  # Grey level above which a pixel of the VQ-VAE's image counts as brain.
+BRAIN_MARGIN = 5  # Side of the square around such a pixel in which detail is drawn.
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class SharpDecoder(DetailModel):
+class SharpDecoder(keras.Model):
     """Decodes code indices and noise to images.
 
-    It is a copy of the VQ-VAE's decoders, which stays as it is, and a `VelocityNetwork`. The blurred images are the
-    faithful ones that the copy decodes; see `DetailModel`.
+    It is a copy of the VQ-VAE's decoders, which stays as it is, and a `VelocityNetwork`. The copy decodes the faithful
+    image y. The detail d of an image x is what it lacks, d = (x − y) / detail_scale. Along the straight path from noise
+    ε to detail, z_t = (1 − t) ε + t d with t from 0 to 1, the network predicts the velocity d − ε from z_t, t and y
+    (Lipman et al. 2023, equation 23). To draw, Heun's method follows the predicted velocity from noise to detail in
+    `NUM_STEPS` steps: each uses the mean of the velocities at its two ends.
 
     Args:
-        coding_size, grids, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
+        image_size, grids, coding_size, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
         background_code: Whether cells of the finest grid with code 0 are decoded to black.
         detail_channels: See `VelocityNetwork`.
+        detail_scale: Standard deviation of what the faithful images lack, on the [0, 1] scale.
 
-    Example: For a coding size of 96 and grids (12,):
+    Example: For images of 96 × 96 pixels and grids (12,):
 
         model({"codes_0": codes, "noise": noise})  (B, 12, 12) int32, (B, 96, 96, 1) -> (B, 96, 96, 1) float32
     """
 
     def __init__(
         self,
-        coding_size: int,
+        image_size: int,
         grids: Sequence[int],
+        coding_size: int | None,
         channels: int,
         residual_blocks: int,
         num_embeddings: int,
         embedding_dim: int,
         background_code: bool,
         detail_channels: int = 32,
+        detail_scale: float = 0.1,
         name: str = "decoder",
         **kwargs: Any,
     ) -> None:
-        super().__init__(coding_size, detail_channels, name=name, **kwargs)
+        super().__init__(name=name, **kwargs)
         self.settings = {
-            "coding_size": coding_size,
+            "image_size": image_size,
             "grids": list(grids),
+            "coding_size": coding_size,
             "channels": channels,
             "residual_blocks": residual_blocks,
             "num_embeddings": num_embeddings,
             "embedding_dim": embedding_dim,
             "background_code": background_code,
             "detail_channels": detail_channels,
+            "detail_scale": detail_scale,
         }
-        self.grids, self.background_code = tuple(grids), background_code
+        self.image_size, self.grids, self.background_code = image_size, tuple(grids), background_code
+        self.detail_scale = detail_scale
         self.codebooks, self.decoders = [], []
         for level, prefix in enumerate(model.level_prefixes(len(grids))):
             options = {"trainable": False, "name": f"{prefix}codebook"}
             self.codebooks.append(keras.layers.Embedding(num_embeddings, embedding_dim, **options))
-            self.decoders.append(model.make_decoder(coding_size, grids, channels, residual_blocks, level))
+            self.decoders.append(model.make_decoder(coding_size or image_size, grids, channels, residual_blocks, level))
             self.decoders[-1].trainable = False
             self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
+        self.velocity = VelocityNetwork(image_size, detail_channels, name="velocity")
         for codebook in self.codebooks:
             codebook.build(None)
         self.built = True
@@ -164,10 +100,9 @@ class SharpDecoder(DetailModel):
     @classmethod
     def untrained(cls, vqvae: model.VQVAE, **settings: Any) -> "SharpDecoder":
         """Return a sharp decoder with the decoders of a VQ-VAE; see the class. Uses the global random seed."""
-        names = ("grids", "channels", "residual_blocks", "num_embeddings", "embedding_dim")
+        names = ("image_size", "grids", "coding_size", "channels", "residual_blocks", "num_embeddings", "embedding_dim")
         settings |= {name: vqvae.settings[name] for name in names}
-        background_code = vqvae.background_threshold is not None
-        decoder = cls(**settings, coding_size=vqvae.coding_size, background_code=background_code)
+        decoder = cls(**settings, background_code=vqvae.background_threshold is not None)
         for own, quantizer in zip(decoder.codebooks, vqvae.quantizers, strict=True):
             own.set_weights([ops.convert_to_numpy(quantizer.embeddings)])
         for own, other in zip(decoder.decoders, vqvae.decoders, strict=True):
@@ -199,72 +134,52 @@ class SharpDecoder(DetailModel):
         decoded = None
         for vectors, decoder in zip(quantized, self.decoders, strict=True):
             decoded = decoder(model.concatenate(vectors, decoded))
-        faithful = ops.clip(ops.cast(decoded, "float32"), 0, 1)
+        faithful = ops.clip(resize(decoded, self.image_size), 0, 1)
         return model.blacken(faithful, ops.all(quantized[-1] == 0, axis=-1)) if self.background_code else faithful
 
-    def blur(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Decode the codes of slices faithfully; see `DetailModel.blur`."""
-        return ops.stop_gradient(self.decode_faithfully(self.lookup(inputs)))
-
-    def get_config(self) -> dict[str, Any]:
-        return {**self.settings, "name": self.name}
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class Upsampler(DetailModel):
-    """Enlarges images, and draws the detail that only the larger ones can show (Ho et al. 2022).
-
-    It is trained on slices alone, without codes: each slice is shrunk and enlarged again.
-
-    Args:
-        image_size: Height and width of the enlarged images.
-        small_size: Height and width of the images to enlarge.
-        detail_channels: See `VelocityNetwork`.
-
-    Example: To enlarge images of 96 × 96 pixels to 192 × 192:
-
-        model({"images": images, "noise": noise})  (B, 96, 96, 1), (B, 192, 192, 1) -> (B, 192, 192, 1) float32
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        small_size: int,
-        detail_channels: int = 16,
-        name: str = "upsampler",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(image_size, detail_channels, name=name, **kwargs)
-        self.settings = {"image_size": image_size, "small_size": small_size, "detail_channels": detail_channels}
-        self.small_size, self.built = small_size, True
-
-    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Enlarge images.
+    def add_detail(self, faithful: Tensor, noise: Tensor) -> Tensor:
+        """Add detail to images that the VQ-VAE has decoded.
 
         Args:
-            inputs: "images": (B, h, w, 1) in [0, 1]; "noise": (B, H, W, 1), normally distributed with mean 0 and
-                variance 1.
+            faithful: (B, H, W, 1) float32 in [0, 1].
+            noise: The same shape, normally distributed with mean 0 and variance 1.
 
         Returns:
-            (B, H, W, 1) float32 in [0, 1].
+            The same shape, float32 in [0, 1]. Pixels that are far from the brain are black.
         """
-        return self.add_detail(self.enlarge(inputs["images"]), inputs["noise"])
+        detail, step = ops.cast(noise, "float32"), 1 / NUM_STEPS
 
-    def enlarge(self, images: Tensor) -> Tensor:
-        """Enlarge images (B, h, w, 1) in [0, 1] by bicubic interpolation: (B, H, W, 1) float32 in [0, 1]."""
-        return ops.clip(resize(ops.cast(images, "float32"), self.image_size), 0, 1)
+        def velocity(detail: Tensor, time: float) -> Tensor:
+            times = ops.full_like(detail[:, 0, 0, 0], time)
+            return self.velocity({"detail": detail, "faithful": faithful, "time": times})
 
-    def blur(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Shrink and enlarge slices; see `DetailModel.blur`."""
-        return self.enlarge(ops.clip(resize(self.targets(inputs), self.small_size), 0, 1))
+        for i in range(NUM_STEPS):
+            first = velocity(detail, i * step)
+            second = velocity(detail + step * first, (i + 1) * step)
+            detail = detail + step * (first + second) / 2
+        return near_brain(faithful) * ops.clip(faithful + self.detail_scale * detail, 0, 1)
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
 
 
-def near_brain(images: Tensor, level: float = BRAIN_LEVEL) -> Tensor:
-    """Return 1 near pixels above a grey level, 0 elsewhere; (B, H, W, 1) float32, like the images."""
-    brain = ops.cast(images > level, "float32")
+def detail_scale(images: np.ndarray, faithful: np.ndarray) -> float:
+    """Compute the standard deviation of what decoded images lack near the brain, on the [0, 1] scale.
+
+    Args:
+        images: Slices, (N, H, W, 1) uint8.
+        faithful: What the VQ-VAE makes of them, (N, H, W, 1) float32 in [0, 1].
+
+    Returns:
+        At least 0.001.
+    """
+    lacking = (images / np.float32(255) - faithful)[faithful > BRAIN_LEVEL]
+    return max(float(np.sqrt(np.mean(np.square(lacking, dtype=np.float64)))), 1e-3) if len(lacking) else 1e-3
+
+
+def near_brain(faithful: Tensor) -> Tensor:
+    """Return where detail is drawn: 1 near the brain in decoded images, 0 elsewhere; (B, H, W, 1) float32 both."""
+    brain = ops.cast(faithful > BRAIN_LEVEL, "float32")
     return ops.max_pool(brain, BRAIN_MARGIN, strides=1, padding="same")
 
 
@@ -275,8 +190,9 @@ def near_brain(images: Tensor, level: float = BRAIN_LEVEL) -> Tensor:
 class VelocityNetwork(keras.Model):
     """Predicts the velocity from noise to detail: a U-Net (Ronneberger et al. 2015) with attention.
 
-    It halves the resolution three times and doubles it again. Cells of the coarsest resolution attend to each other, so
-    that the two halves of a brain can agree.
+    Squares of pixels become the channels of one cell, so that the network always works at a resolution of about
+    `WORKING_SIZE`. It halves the resolution three times and doubles it again. Cells of the coarsest resolution attend
+    to each other, so that the two halves of a brain can agree.
 
     Args:
         image_size: Height and width of an image in pixels.
@@ -287,6 +203,7 @@ class VelocityNetwork(keras.Model):
         # Times and noise enter as they are; each layer casts what it gets.
         super().__init__(name=name, autocast=False, **kwargs)
         self.settings = {"image_size": image_size, "channels": channels}
+        self.side = math.gcd(image_size, 2 ** max(0, round(math.log2(image_size / WORKING_SIZE))))  # of a cell's square
         widths = [channels, 2 * channels, 4 * channels, 4 * channels]
         convolution = {"kernel_size": 3, "padding": "same"}
         self.embed_time = [
@@ -304,15 +221,15 @@ class VelocityNetwork(keras.Model):
         self.up_blocks = [TimedBlock(width, name=f"up_block_{i}") for i, width in enumerate(widths)]
         self.last_norm = keras.layers.RMSNormalization(name="last_norm")
         last = {**convolution, "kernel_initializer": "zeros", "dtype": "float32"}
-        self.last = keras.layers.Conv2D(1, **last, name="last")
+        self.last = keras.layers.Conv2D(self.side**2, **last, name="last")
         image = keras.Input((image_size, image_size, 1))
-        self({"detail": image, "blurred": image, "time": keras.Input(())})  # creates the weights
+        self({"detail": image, "faithful": image, "time": keras.Input(())})  # creates the weights
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity.
 
         Args:
-            inputs: "detail": detail mixed with noise, (B, H, W, 1); "blurred": blurred images, (B, H, W, 1) in [0, 1];
+            inputs: "detail": detail mixed with noise, (B, H, W, 1); "faithful": decoded images, (B, H, W, 1) in [0, 1];
                 "time": (B,), from 0 for noise to 1 for detail.
 
         Returns:
@@ -321,7 +238,8 @@ class VelocityNetwork(keras.Model):
         time = time_features(inputs["time"])
         for layer in self.embed_time:
             time = layer(time)
-        features = self.first(ops.concatenate([inputs["detail"], 2 * inputs["blurred"] - 1], axis=-1))
+        known = [inputs["detail"], 2 * inputs["faithful"] - 1]
+        features = self.first(ops.concatenate([to_cells(images, self.side) for images in known], axis=-1))
         skipped = []
         for i, block in enumerate(self.down_blocks):
             if i:
@@ -335,7 +253,7 @@ class VelocityNetwork(keras.Model):
                 height, width = skipped[i].shape[1:3]  # Odd sizes are rounded up when they are halved.
                 features = ops.concatenate([features[:, :height, :width], skipped[i]], axis=-1)
             features = self.up_blocks[i](features, time)
-        return self.last(ops.relu(self.last_norm(features)))
+        return from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
@@ -346,6 +264,20 @@ def time_features(time: Tensor) -> Tensor:
     frequencies = np.exp(np.linspace(0, 5, 16)).astype(np.float32)
     angles = ops.cast(time, "float32")[:, None] * frequencies
     return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+
+
+def to_cells(images: Tensor, side: int) -> Tensor:
+    """Turn squares of pixels into channels: (B, H, W, 1) -> (B, H / side, W / side, side²)."""
+    height, width = images.shape[1] // side, images.shape[2] // side
+    squares = ops.transpose(ops.reshape(images, (-1, height, side, width, side)), (0, 1, 3, 2, 4))
+    return ops.reshape(squares, (-1, height, width, side * side))
+
+
+def from_cells(cells: Tensor, side: int) -> Tensor:
+    """Undo `to_cells`."""
+    height, width = cells.shape[1:3]
+    squares = ops.transpose(ops.reshape(cells, (-1, height, width, side, side)), (0, 1, 3, 2, 4))
+    return ops.reshape(squares, (-1, height * side, width * side, 1))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -416,22 +348,22 @@ class GridAttention(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class DetailTuning(keras.Model):
-    """Trains a sharp decoder or an upsampler by flow matching (Lipman et al. 2023, equation 23), with the stock `fit`.
+class DecoderTuning(keras.Model):
+    """Trains a sharp decoder by flow matching (Lipman et al. 2023, equation 23), with the stock `fit`.
 
     The loss is the mean squared error of the predicted velocity at a random time, for random noise, over the pixels
     near the brain. Times are logit-normally distributed: the logistic function of a normally distributed number (Esser
-    et al. 2024, section 3.1). Slices are flipped at random, together with their blurred images.
+    et al. 2024, section 3.1). Slices are flipped at random, together with their faithful images.
 
     Args:
-        trained: The sharp decoder or the upsampler.
+        decoder: The sharp decoder.
         seed: Seed of times, noise and flips.
     """
 
-    def __init__(self, trained: DetailModel, seed: int = 0, name: str = "detail_tuning", **kwargs: Any) -> None:
+    def __init__(self, decoder: SharpDecoder, seed: int = 0, name: str = "decoder_tuning", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
-        self.trained = trained
-        self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, f"noise of the {trained.name}"))
+        self.decoder = decoder
+        self.seed_generator = keras.random.SeedGenerator(seeds.number(seed, "noise of the decoder"))
         self.built = True
 
     def call(self, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor:
@@ -444,17 +376,18 @@ class DetailTuning(keras.Model):
         Returns:
             (2, B, H, W, 1) float32: the error of the velocity, and where it counts.
         """
-        images, blurred = self.trained.targets(inputs), self.trained.blur(inputs)
+        images = ops.cast(inputs["images"], "float32") / 255
+        faithful = ops.stop_gradient(self.decoder.decode_faithfully(self.decoder.lookup(inputs)))
         count = ops.shape(images)[0]
         if training:
             flips = keras.random.uniform((count, 1, 1, 1), seed=self.seed_generator) < 0.5
-            images, blurred = (ops.where(flips, ops.flip(batch, axis=2), batch) for batch in (images, blurred))
+            images, faithful = (ops.where(flips, ops.flip(batch, axis=2), batch) for batch in (images, faithful))
         time = ops.sigmoid(keras.random.normal((count, 1, 1, 1), seed=self.seed_generator))
         noise = keras.random.normal((count, *images.shape[1:]), seed=self.seed_generator)
-        detail = (images - blurred) / ops.convert_to_tensor(self.trained.detail_scale)
+        detail = (images - faithful) / self.decoder.detail_scale
         mixed = (1 - time) * noise + time * detail
-        velocity = self.trained.velocity({"detail": mixed, "blurred": blurred, "time": time[:, 0, 0, 0]})
-        return ops.stack([velocity - (detail - noise), near_brain(blurred)])
+        velocity = self.decoder.velocity({"detail": mixed, "faithful": faithful, "time": time[:, 0, 0, 0]})
+        return ops.stack([velocity - (detail - noise), near_brain(faithful)])
 
     def compute_loss(
         self,

@@ -12,7 +12,6 @@ import augmentation
 import dataset
 import devices
 import model
-import options
 import pngs
 import seeds
 import sharp
@@ -30,10 +29,9 @@ NUM_PROPOSED = 9  # Epochs for which the selector gets new proposals.
 
 
 def makers(config: Any) -> dict[str, Callable[[], keras.Model]]:
-    """Functions that make the untrained networks of a run, by name.
+    """Functions that make the untrained networks of a run, by name, except for the sharp decoder.
 
-    The sharp decoder contains a copy of the VQ-VAE's decoders, so it can begin as that of another run only if it is
-    kept, which implies that the VQ-VAE is kept, too.
+    The sharp decoder always begins as a copy of the VQ-VAE's.
     """
     num_levels = len(config.grids)
     found: dict[str, Callable[[], keras.Model]] = {"vqvae": lambda: make_vqvae(config, data_variance=1.0)}
@@ -41,16 +39,12 @@ def makers(config: Any) -> dict[str, Callable[[], keras.Model]]:
         found |= {name: functools.partial(make, config, level) for level, name in enumerate(names)}
     if config.selector_epochs:
         found["selector"] = lambda: make_selector(config, make_vqvae(config, data_variance=1.0))
-    if options.has_upsampler(config):
-        found["upsampler"] = lambda: make_upsampler(config)
-    if "decoder" in config.keep:
-        found["decoder"] = lambda: make_decoder(config, make_vqvae(config, data_variance=1.0))
     return found
 
 
 def names(config: Any) -> list[str]:
     """Names of all networks of a run."""
-    return sorted({*makers(config), *(["decoder"] if config.decoder_epochs else [])})
+    return [*makers(config), *(["decoder"] if config.decoder_epochs else [])]
 
 
 def make_vqvae(config: Any, data_variance: float) -> model.VQVAE:
@@ -113,16 +107,11 @@ def make_selector(config: Any, vqvae: model.VQVAE) -> Selector:
     return Selector.untrained(vqvae, use_position=config.prior_uses_position)
 
 
-def make_decoder(config: Any, vqvae: model.VQVAE) -> sharp.SharpDecoder:
-    """The untrained sharp decoder of a VQ-VAE."""
+def make_decoder_tuning(config: Any, vqvae: model.VQVAE, detail_scale: float) -> sharp.DecoderTuning:
+    """What trains the sharp decoder of a VQ-VAE: the untrained decoder and its loss."""
     keras.utils.set_random_seed(seeds.number(config.seed, "weights of the sharp decoder"))
-    return sharp.SharpDecoder.untrained(vqvae, detail_channels=config.decoder_channels)
-
-
-def make_upsampler(config: Any) -> sharp.Upsampler:
-    """The untrained upsampler."""
-    keras.utils.set_random_seed(seeds.number(config.seed, "weights of the upsampler"))
-    return sharp.Upsampler(config.image_size, config.coding_size, config.upsampler_channels)
+    decoder = sharp.SharpDecoder.untrained(vqvae, detail_channels=config.decoder_channels, detail_scale=detail_scale)
+    return sharp.DecoderTuning(decoder, config.seed)
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -260,64 +249,34 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
 
 def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
     """How the sharp decoder is trained: on slices and their codes."""
-    return _detail_stage(
-        config,
-        slices,
-        codes,
-        name="decoder",
-        make=lambda: make_decoder(config, generator.vqvae),
-        preview=lambda network: preview_of_detail(config, slices, codes, generator.replace(decoder=network.trained)),
-        epochs=config.decoder_epochs,
-        made_from=("slices", "vqvae.keras"),
-    )
-
-
-def upsampler_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
-    """How the upsampler is trained: on slices alone. Codes and generator are for the previews."""
-    return _detail_stage(
-        config,
-        slices,
-        codes,
-        name="upsampler",
-        make=lambda: make_upsampler(config),
-        preview=lambda network: preview_of_detail(config, slices, codes, generator.replace(upsampler=network.trained)),
-        epochs=config.upsampler_epochs,
-    )
-
-
-def _detail_stage(
-    config: Any, slices: Slices, codes: Codes, name: str, make: Callable[[], sharp.DetailModel], **settings: Any
-) -> Stage:
-    """How a network that adds detail to blurred images is trained. `settings` are those of the stage."""
     shard, train = devices.process_index_and_count(), slices["train"]
+    # Some slices, spread evenly, suffice for the scale.
+    some = np.unique(np.linspace(0, len(train) - 1, NUM_SCALED).astype(int))
+    scale = sharp.detail_scale(train.images[some], generator.decode([level[some] for level in codes["train"]]))
 
-    def inputs(split: str, index: Any = slice(None)) -> dict[str, np.ndarray]:
-        levels = {f"codes_{level}": indices[index] for level, indices in enumerate(codes[split])}
-        return {"positions": slices[split].positions[index], "images": slices[split].images[index], **levels}
-
-    def make_tuning() -> keras.Model:
-        network = make()
-        # Some slices, spread evenly, suffice for the scale.
-        network.fit_scale(inputs("train", np.unique(np.linspace(0, len(train) - 1, NUM_SCALED).astype(int))))
-        return sharp.DetailTuning(network, config.seed)
+    def inputs(split: str) -> dict[str, np.ndarray]:
+        levels = {f"codes_{level}": indices for level, indices in enumerate(codes[split])}
+        return {"positions": slices[split].positions, "images": slices[split].images, **levels}
 
     def batches(epoch: int) -> Any:
-        order = seeds.number(config.seed, name)
+        order = seeds.number(config.seed, "decoder")
         return dataset.input_batches(inputs("train"), "positions", config.decoder_batch_size, order, epoch, shard)
 
     return Stage(
-        name=name,
-        make=make_tuning,
+        name="decoder",
+        make=lambda: make_decoder_tuning(config, generator.vqvae, scale),
         batches=batches,
         validation=lambda: dataset.input_batches(
             inputs("validate"), "positions", config.decoder_batch_size, shard=shard
         ),
         steps=dataset.steps_per_epoch(len(train), config.decoder_batch_size),
         monitor="val_loss",
+        epochs=config.decoder_epochs,
         learning_rate=config.decoder_learning_rate,
-        part=lambda network: network.trained,
+        part=lambda network: network.decoder,
+        preview=lambda network: preview_of_decoder(config, slices, codes, generator.replace(decoder=network.decoder)),
+        made_from=("slices", "vqvae.keras"),
         learning_rate_option="decoder_learning_rate",
-        **settings,
     )
 
 
@@ -338,8 +297,8 @@ def preview_of_prior(config: Any, slices: Slices, generator: Generator) -> np.nd
     return _sheet(dataset.to_float(images), *np.split(samples, 2))
 
 
-def preview_of_detail(config: Any, slices: Slices, codes: Codes, generator: Generator) -> np.ndarray:
-    """Draw validation slices, their faithful and sharp reconstructions, and samples."""
+def preview_of_decoder(config: Any, slices: Slices, codes: Codes, generator: Generator) -> np.ndarray:
+    """Draw validation slices, their reconstructions by both decoders, and samples of the sharp decoder."""
     index = _previewed(slices)
     images, positions = (getattr(slices["validate"], name)[index] for name in ("images", "positions"))
     own = [indices[index] for indices in codes["validate"]]

@@ -28,9 +28,6 @@ from callbacks import (
 )
 from run import Run, RunError, checksum, remove
 
-# Settings of networks whose weights have the same shapes and yet mean something else.
-SETTINGS_THAT_MATTER = ("background_threshold", "small_size")
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -105,7 +102,7 @@ def train(
         kept.set_weights(devices.broadcast_from_main(kept.get_weights()))
         return kept
     if stage.name in keep:
-        _set_initial_weights(kept, kept, run, file, start_from)
+        _set_initial_weights(network, network, run, file, start_from)
         return _save(kept, stage, run, made_from)
     with devices.distribution_scope(num_devices):
         with dtype_policy(precision):
@@ -122,7 +119,7 @@ def train(
         if epochs_done:
             print(f"continuing after epoch {epochs_done}")
         else:
-            _set_initial_weights(stage.part(trained), kept, run, file, start_from)
+            _set_initial_weights(trained, network, run, file, start_from)
         if epochs_done < stage.epochs:
             fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint, previews))
     network.set_weights(checkpoint.best_weights)
@@ -300,7 +297,7 @@ def _check_architecture(network: keras.Model, path: Path) -> None:
     other = saving.load_model(path, type(network))
     here, there = network.get_config(), other.get_config()
     shapes = [[tuple(weights.shape) for weights in one.weights] for one in (network, other)]
-    if shapes[0] == shapes[1] and all(here.get(name) == there.get(name) for name in SETTINGS_THAT_MATTER):
+    if shapes[0] == shapes[1] and here.get("background_threshold") == there.get("background_threshold"):
         return
     differing = [name for name in here if here[name] != there[name] and name not in ("seed", "data_variance")]
     shown = "; ".join(f"{name} is {there[name]} there, {here[name]} here" for name in differing)

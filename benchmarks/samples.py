@@ -40,7 +40,7 @@ class Options:
 
     run_dir: Path  # folder of a finished run, or of its networks
     data_dir: Path  # folder of OASIS PNG slices with the same splits
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # of sharp decoder and upsampler
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # of the sharp decoder's network
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -74,13 +74,13 @@ def load_config(options: Options) -> driver.Config:
 
 
 def with_precision(generator: Generator, precision: str) -> Generator:
-    """Let sharp decoder and upsampler follow their velocity with another precision. Returns the generator."""
-    for drawing in (generator.decoder, generator.upsampler):
-        if drawing and precision != "float32":
-            with training.dtype_policy(precision):
-                network = sharp.VelocityNetwork.from_config(drawing.velocity.get_config())
-            network.set_weights(drawing.velocity.get_weights())
-            drawing.velocity = network
+    """Let the sharp decoder, if there is one, follow its velocity with another precision. Returns the generator."""
+    if generator.decoder and precision != "float32":
+        trained = generator.decoder.velocity
+        with training.dtype_policy(precision):
+            network = sharp.VelocityNetwork.from_config(trained.get_config())
+        network.set_weights(trained.get_weights())
+        generator.decoder.velocity = network
     return generator
 
 

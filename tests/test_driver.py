@@ -43,7 +43,6 @@ def tiny(root: Path, **constants) -> driver.Config:
         "data_dir": root / "slices",
         "run_dir": root / "run",
         "image_size": 32,
-        "coding_size": 16,
         "grids": (4,),
         "channels": 8,
         "residual_blocks": 0,
@@ -59,8 +58,6 @@ def tiny(root: Path, **constants) -> driver.Config:
         "num_candidates": 2,
         "decoder_epochs": 1,
         "decoder_channels": 8,
-        "upsampler_epochs": 1,
-        "upsampler_channels": 4,
         "previews": 0,
         "num_samples": 3,
     }
@@ -105,7 +102,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def picture_files(num_levels: int = 1, networks: Sequence[str] = ("selector", "decoder", "upsampler")) -> set[str]:
+def picture_files(num_levels: int = 1, networks: Sequence[str] = ("selector", "decoder")) -> set[str]:
     return {f"{picture.name}.png" for picture in pictures.of_run(num_levels, networks)}
 
 
@@ -114,7 +111,7 @@ def picture_files(num_levels: int = 1, networks: Sequence[str] = ("selector", "d
 
 def test_a_run_writes_every_file(finished):
     folder = finished.run_dir
-    networks = {"vqvae.keras", "prior.keras", "critic.keras", "selector.keras", "decoder.keras", "upsampler.keras"}
+    networks = {"vqvae.keras", "prior.keras", "selector.keras", "decoder.keras", "critic.keras"}
     names = {"config.json", "history.csv", "metrics.json", "test_slices.csv", "blind_test_key.csv", "report.html"}
     others = {"images", "samples", "logs", ".lock", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == networks | names | others
@@ -146,7 +143,7 @@ def test_the_history_has_a_row_per_epoch(finished):
     with open(finished.run_dir / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     stages = [(row["stage"], row["epoch"]) for row in rows]
-    epochs = {"vqvae": 2, "prior": 2, "selector": 1, "decoder": 1, "upsampler": 1, "critic": 1}
+    epochs = {"vqvae": 2, "prior": 2, "selector": 1, "decoder": 1, "critic": 1}
     assert stages == [(stage, str(epoch + 1)) for stage, count in epochs.items() for epoch in range(count)]
     names = list(rows[0])
     assert names.index("reconstruction") < names.index("codebook") < names.index("commitment")
@@ -257,12 +254,10 @@ def test_another_network_invalidates_everything_made_from_it(finished, tmp_path,
     for name in ("prior.keras", "metrics.json", "images/reconstructions.png", "report.html"):
         assert before[name] != after[name]
     # Priors that are hardly trained may draw the same codes, so their content does not show that they are drawn again.
-    # The upsampler does not depend on codes.
-    for name, is_made_again in (("samples/codes.npy", True), ("upsampler.keras", False)):
-        times = [(folder / name).stat().st_mtime_ns for folder in (finished.run_dir, config.run_dir)]
-        assert (times[0] != times[1]) == is_made_again
+    times = [(folder / "samples" / "codes.npy").stat().st_mtime_ns for folder in (finished.run_dir, config.run_dir)]
+    assert times[0] != times[1]
     names = [row["stage"] for row in csv.DictReader(after["history.csv"].decode().splitlines())]
-    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["selector", "decoder", "upsampler", "critic"]
+    assert names == ["vqvae"] * 2 + ["prior"] * 2 + ["selector", "decoder", "critic"]
 
 
 def test_a_finished_run_refuses_other_slices(finished, tmp_path):
@@ -372,12 +367,12 @@ def test_sample_positions_that_do_not_occur_are_refused_before_anything_is_writt
 
 def test_two_levels_of_cropped_slices_run_end_to_end(tmp_path, capsys):
     phantom.write_pngs(tmp_path / "slices", num_subjects=6, num_positions=4, image_size=48)
-    config = tiny(tmp_path, crop=40, image_size=16, coding_size=None, grids=(2, 4), bottom_prior_filters=4)
+    config = tiny(tmp_path, crop=40, image_size=16, grids=(2, 4), bottom_prior_filters=4)
     numbers = driver.main(config)
     assert "using the central 40 × 40 pixels of each slice" in capsys.readouterr().out
     assert json.loads((config.run_dir / "config.json").read_text())["crop"] == 40
     assert numbers["frame_size"] == round(48 * 16 / 40)
-    assert {path.name for path in (tmp_path / "run" / "images").iterdir()} == picture_files(2, ["selector", "decoder"])
+    assert {path.name for path in (tmp_path / "run" / "images").iterdir()} == picture_files(2)
     assert "levels.png" in picture_files(2) - picture_files(1)
     for name in ("codes_used", "perplexity", "prior_bits_per_code"):
         assert numbers[name].keys() == {"top", "bottom"}

@@ -44,15 +44,6 @@ def make(grids: tuple[int, ...], **settings: Any) -> Generator:
     return Generator(vqvae, [with_random_weights(prior) for prior in priors], [0, 1, 2], 2)
 
 
-def make_sharp(grids: tuple[int, ...], **settings: Any) -> Generator:
-    """The networks of `make` with a sharp decoder; and with an upsampler if the VQ-VAE encodes smaller images."""
-    plain = make(grids, **settings)
-    parts: dict[str, Any] = {"decoder": sharp.SharpDecoder.untrained(plain.vqvae, detail_channels=8)}
-    if plain.vqvae.coding_size < plain.vqvae.image_size:
-        parts["upsampler"] = sharp.Upsampler(plain.vqvae.image_size, plain.vqvae.coding_size, detail_channels=8)
-    return plain.replace(**{name: with_random_weights(network) for name, network in parts.items()})
-
-
 @pytest.fixture(scope="module", params=[(4,), (4, 8)], ids=["one level", "two levels"])
 def made(request) -> Generator:
     return make(request.param)
@@ -353,10 +344,10 @@ def test_without_a_sharp_decoder_the_vqvae_draws(made, images):
     assert np.array_equal(made.draw(codes), made.decode(codes))
 
 
-@pytest.mark.parametrize("settings", [{"grids": (4, 8)}, {"grids": (4,), "coding_size": 16}])
-def test_what_is_drawn_depends_on_seed_and_purpose_and_not_on_the_batch_size(settings, images):
-    large = make_sharp(**settings).replace(batch_size=3)
-    small, codes = large.replace(batch_size=1), large.encode(images)
+def test_what_is_drawn_depends_on_seed_and_purpose_and_not_on_the_batch_size(made, images):
+    decoder = with_random_weights(sharp.SharpDecoder.untrained(made.vqvae, detail_channels=8))
+    large, small = (Generator(made.vqvae, made.priors, POSITIONS, size, decoder=decoder) for size in (3, 1))
+    codes = made.encode(images)
     drawn = large.draw(codes, 1)
     np.testing.assert_allclose(drawn, small.draw(codes, 1), atol=1e-4)
     assert np.array_equal(drawn, large.draw(codes, 1))
@@ -364,18 +355,3 @@ def test_what_is_drawn_depends_on_seed_and_purpose_and_not_on_the_batch_size(set
         assert np.abs(drawn - other).max() > 1e-3
     sampled = large.sample(POSITIONS, 3)
     assert np.array_equal(sampled, large.draw(large.sample_codes(POSITIONS, 3), 3))
-
-
-def test_the_upsampler_enlarges_what_the_sharp_decoder_draws(images):
-    made = make_sharp((4,), coding_size=16)
-    codes = made.encode(images)
-    drawn, without = made.draw(codes, 1), made.replace(upsampler=None).draw(codes, 1)
-    assert drawn.shape == without.shape == images.shape
-    assert np.abs(drawn - without).max() > 1e-3
-    made.upsampler.detail_scale.assign(0)  # It adds no detail, so the images are those of the same noise.
-    enlarged = made.draw(codes, 1)
-    np.testing.assert_allclose(enlarged[enlarged > 0], without[enlarged > 0], atol=1e-6)
-    assert (enlarged > 0).mean() > 0.2
-    assert made.noise_sizes == [16, 32]
-    assert made.replace(decoder=None).noise_sizes == []
-    assert np.array_equal(made.replace(decoder=None).draw(codes), made.decode(codes))

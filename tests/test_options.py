@@ -173,14 +173,12 @@ LARGE = {"image_size": 256, "prior_blocks": 6, "batch_size": 16}
         ({"coding_size": 24}, "coding_size is 24: must be image_size, 32, or smaller by a factor of 2, 4, 8"),
         ({"coding_size": 0}, "coding_size is 0: must be image_size, 32, or smaller by a factor of 2, 4, 8"),
         ({"coding_size": 4}, "the images of 4 × 4 pixels that are encoded"),
-        ({"upsampler_epochs": -1}, "upsampler_epochs is -1: must be 0 or more"),
-        ({"upsampler_channels": 1}, "upsampler_channels is 1: must be at least 2"),
         ({"decoder_batch_size": 0}, "decoder_batch_size is 0: must be at least 1"),
         ({"keep": ("vqvae",)}, "keep is vqvae: also set start_from"),
         ({"keep": ("prior",), "start_from": "run"}, "keep is prior: also keep vqvae"),
         (
-            {"keep": ("vqvae", "upsampler"), "start_from": "run"},
-            "keep has upsampler: choose from vqvae, prior, critic, selector, decoder",
+            {"keep": ("vqvae", "decoder"), "start_from": "run"},
+            "keep has decoder: choose from vqvae, prior, critic, selector",
         ),
     ],
 )
@@ -197,7 +195,6 @@ def test_configurations_that_cannot_work_are_refused_before_anything_is_written(
     [
         {"coding_size": 32},
         {"coding_size": 16},
-        {"coding_size": 16, "start_from": "run", "keep": ("vqvae", "decoder", "upsampler")},
         {"crop": None},
         {"crop": 0},
         {"crop": 16, "data_dir": "slices"},

@@ -134,7 +134,7 @@ def make_results(num_levels: int, is_sharp: bool = False, note: str = "") -> Res
     decoded = RNG.random((6, 16, 16, 1), np.float32)
     quality = {"ssim": 0.9, "ms_ssim": 0.9, "psnr_db": 20}
     stages = ("vqvae", "prior") if num_levels == 1 else ("vqvae", "top_prior", "bottom_prior")
-    stages += ("selector", *(["decoder", "upsampler"] if is_sharp else []))
+    stages += ("selector", *(["decoder"] if is_sharp else []))
     numbers = {
         "worst_slices": [
             {"index": 3, "subject": "b", "position": 3, "ssim_brain": 0.5},
@@ -175,8 +175,7 @@ def test_levels_and_networks_are_only_shown_if_there_are_any():
     assert names(2, ()) - names(1, ()) == {"levels"}
     assert names(1, ["decoder"]) - names(1, ()) == {"sharp_reconstructions", "invented_detail", "decoder_loss"}
     assert names(1, ["selector"]) - names(1, ()) == {"selector_loss"}
-    assert names(1, ["upsampler"]) - names(1, ()) == {"upsampler_loss"}
-    assert names(2, ["selector", "decoder", "upsampler"]) == {picture.name for picture in pictures.PICTURES}
+    assert names(2, ["selector", "decoder"]) == {picture.name for picture in pictures.PICTURES}
 
 
 @pytest.mark.parametrize(("num_levels", "is_sharp"), [(1, True), (2, False)])
@@ -188,7 +187,7 @@ def test_every_picture_is_drawn_with_the_note(tmp_path, monkeypatch, num_levels,
         return make_figure(width, height, title, note)
 
     monkeypatch.setattr(plots, "_figure", figure)
-    shown = pictures.of_run(num_levels, ["selector", *(["decoder", "upsampler"] if is_sharp else [])])
+    shown = pictures.of_run(num_levels, ["selector", *(["decoder"] if is_sharp else [])])
     results = make_results(num_levels, is_sharp, "SYNTHETIC slices")
     for picture in shown:
         path = tmp_path / f"{picture.name}.png"

@@ -10,6 +10,7 @@ import augmentation
 import dataset
 import driver
 import phantom
+import sharp
 import stages
 import training
 from generator import Generator
@@ -178,45 +179,45 @@ def test_the_selector_is_judged_on_unseen_slices_and_they_are_sampled_only_if_it
         assert np.array_equal(inputs[f"codes_{level}"][is_real == 1], own)
 
 
-@pytest.fixture(scope="module", params=["decoder", "upsampler"])
-def detail_stage(request, encoded, with_priors) -> training.Stage:
+@pytest.fixture(scope="module")
+def decoder_stage(encoded, with_priors) -> training.Stage:
     config, slices, _, codes = encoded
-    settings = {"decoder_epochs": 2, "decoder_batch_size": 4, "decoder_channels": 8, "upsampler_channels": 8}
-    if request.param == "decoder":
-        return stages.decoder_stage(dataclasses.replace(config, **settings), slices, codes, with_priors)
-    generator = with_priors.replace(decoder=stages.make_decoder(config, with_priors.vqvae))
-    config = dataclasses.replace(config, **settings, coding_size=16, upsampler_epochs=2)
-    return stages.upsampler_stage(config, slices, codes, generator)
+    return stages.decoder_stage(
+        dataclasses.replace(config, decoder_epochs=2, decoder_channels=8, decoder_batch_size=4),
+        slices,
+        codes,
+        with_priors,
+    )
 
 
-def detail_epoch(stage: training.Stage, epoch: int) -> dict[str, np.ndarray]:
-    """The inputs of the sharp decoder, or of the upsampler, in an epoch, sorted by position."""
+def decoder_epoch(stage: training.Stage, epoch: int) -> dict[str, np.ndarray]:
+    """The inputs of the sharp decoder in an epoch, sorted by position."""
     batches = [inputs for inputs, _ in stage.batches(epoch).take(stage.steps)]
     inputs = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return {name: values[np.argsort(inputs["positions"])] for name, values in inputs.items()}
 
 
-def test_detail_is_learned_from_slices_and_their_codes_in_a_new_order_in_each_epoch(encoded, detail_stage):
+def test_the_decoder_is_trained_on_slices_and_their_codes_in_a_new_order_in_each_epoch(encoded, decoder_stage):
     _, slices, _, codes = encoded
     orders = set()
     for epoch in (0, 1, 1):
-        inputs = detail_epoch(detail_stage, epoch)
+        inputs = decoder_epoch(decoder_stage, epoch)
         assert np.array_equal(inputs["images"], slices["train"].images)
         for level, own in enumerate(codes["train"]):
             assert np.array_equal(inputs[f"codes_{level}"], own)
-        batches = detail_stage.batches(epoch).take(detail_stage.steps)
+        batches = decoder_stage.batches(epoch).take(decoder_stage.steps)
         orders.add(tuple(np.concatenate([positions for _, positions in batches])))
     assert len(orders) == 2
 
 
-def test_previews_are_sheets_of_slices(encoded, detail_stage):
+def test_previews_are_sheets_of_slices(encoded, decoder_stage):
     config, slices, encoder, codes = encoded
     size, count = config.image_size, len(slices["validate"])
     priors = prior_stages(config, slices, codes, encoder)
     sheets = {
         2: stages.vqvae_stage(config, slices).preview(encoder.vqvae),
         3: priors[-1].preview(stages.make_prior(config, len(config.grids) - 1)),
-        4: detail_stage.preview(detail_stage.make()),
+        4: decoder_stage.preview(decoder_stage.make()),
     }
     for rows, sheet in sheets.items():
         assert sheet.shape == (rows * size, count * size)
@@ -226,15 +227,13 @@ def test_previews_are_sheets_of_slices(encoded, detail_stage):
     assert not any(stage.preview for stage in prior_stages(config, slices, codes, encoder, critic=True))
 
 
-def test_detail_is_judged_on_unseen_slices(encoded, detail_stage):
-    (inputs, _), *_ = detail_stage.validation()
+def test_the_decoder_is_judged_on_unseen_slices(encoded, decoder_stage):
+    (inputs, _), *_ = decoder_stage.validation()
     assert np.array_equal(inputs["images"], encoded[1]["validate"].images)
     assert np.array_equal(inputs["codes_0"], encoded[3]["validate"][0])
 
 
-def test_the_scale_of_the_detail_is_that_of_training_slices(encoded, detail_stage):
-    _, slices, _, codes = encoded
-    network = detail_stage.make().trained
-    scale = float(network.detail_scale)
-    network.fit_scale({"images": slices["train"].images, "codes_0": codes["train"][0], "codes_1": codes["train"][-1]})
-    assert float(network.detail_scale) == pytest.approx(scale, rel=1e-5)
+def test_the_scale_of_the_detail_is_that_of_training_slices(encoded, decoder_stage):
+    _, slices, encoder, codes = encoded
+    expected = sharp.detail_scale(slices["train"].images, encoder.decode(codes["train"]))
+    assert decoder_stage.make().decoder.detail_scale == pytest.approx(expected, rel=1e-5)
