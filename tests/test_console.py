@@ -20,6 +20,7 @@ def test_messages_are_one_line(capsys):
     assert capsys.readouterr().err == "warning: first\\nsecond\\x1b[31m\n"
 
 
+@pytest.mark.usefixtures("_keep_signal_handlers")
 def test_exit_statuses(capsys):
     def fail():
         raise run.RunError("file: is damaged\nremove it")
@@ -35,7 +36,8 @@ def test_exit_statuses(capsys):
 
 
 @pytest.fixture
-def _keep_signal_handlers():
+def _keep_signal_handlers(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # It is restored afterwards.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -123,7 +125,6 @@ def run_with_output(to: str, command: str, *options: str) -> tuple[int, str]:
     code = f"""
 import console; console.start()
 import sys
-import textwrap
 def command():
     try:
         {command}
