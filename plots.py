@@ -109,6 +109,8 @@ def power_spectrum(path: Path, spectra: dict[str, np.ndarray], half_power: float
     label = f"reconstructions have at least\nhalf of the power up to {half_power:.2f}"
     axes.axvline(half_power, color="grey", linestyle=":", label=label)
     axes.set(xlabel="spatial frequency (cycles per pixel)", ylabel="power", xscale="log", yscale="log")
+    axes.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
+    axes.minorticks_off()  # Their labels would overlap.
     axes.legend()
     _save(figure, path)
 
