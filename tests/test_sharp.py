@@ -69,8 +69,17 @@ def test_background_stays_black_whatever_the_noise():
     assert decoded[:, :, 8:].any()
 
 
+def test_specks_far_from_the_brain_are_black():
+    decoder = with_random_velocity(untrained(test_generator.make((4,)).vqvae))
+    faithful = np.zeros((1, 32, 32, 1), np.float32)
+    faithful[:, :, 12:20], faithful[:, :, :2] = 0.5, 0.02
+    drawn = ops.convert_to_numpy(decoder.add_detail(faithful, RNG.standard_normal(faithful.shape, np.float32)))
+    assert not drawn[:, :, :4].any()
+    assert drawn[:, :, 12:20].all()
+
+
 def test_the_velocity_is_followed_to_its_end():
-    """Heun's method is exact for a velocity that is a linear function of the time."""
+    """The midpoint method is exact for a velocity that is a linear function of the time."""
     decoder = untrained(test_generator.make((4,)).vqvae, detail_scale=0.1)
     faithful, noise = np.full((2, 32, 32, 1), 0.5, np.float32), RNG.standard_normal((2, 32, 32, 1), np.float32)
     wanted = RNG.uniform(-1, 1, noise.shape).astype(np.float32)
