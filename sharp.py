@@ -44,7 +44,7 @@ class SharpDecoder(keras.Model):
     ε to detail, z_t = (1 − t) ε + t d with t from 0 to 1, the network predicts the velocity d − ε from z_t, t and y
     (Lipman et al. 2023, equation 23). To draw, the midpoint method follows the predicted velocity from noise to detail
     in `NUM_STEPS` steps: each uses the velocity halfway. Methods that also need the velocity at t = 1, such as Heun's,
-    leave grain, because the network hardly sees such late times in training.
+    leave grain: close to it, the loss is about 1, so the network knows little of the noise that is left.
 
     Args:
         image_size, grids, coding_size, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
@@ -184,7 +184,7 @@ def near_brain(faithful: Tensor) -> Tensor:
     def near(level: float, side: int) -> Tensor:
         return ops.max_pool(ops.cast(faithful > level, "float32"), side, strides=1, padding="same")
 
-    # Decoded images have faint specks at the border, far from any brain.
+    # Decoded images have faint specks at the border, far from any brain. Real slices are almost black there.
     margin = max(BRAIN_MARGIN, 2 * (faithful.shape[1] // 32) + 1)
     return near(BRAIN_LEVEL, BRAIN_MARGIN) * near(CLEAR_BRAIN_LEVEL, margin)
 
