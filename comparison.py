@@ -26,6 +26,7 @@ NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
 BLUR_SIGMA = 1.0  # Standard deviation of the Gaussian in pixels.
 NOISE_SIGMA = 0.05  # Standard deviation of the noise, on the [0, 1] scale.
 BLOCKS = 4  # Blocks per side of a grid in the control "blocks": 3 × 3 codes each on a 12 × 12 grid.
+CLASSIFIER_TRAININGS = 3  # How often the classifiers are trained that compare images with real slices.
 CONTROLS = {
     "real": "real slices of validation subjects: no fault",
     "halves": "left half of the codes from one test subject, right half from another, decoded",
@@ -80,10 +81,10 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
         Five dictionaries:
 
         - compared_slices: for each split, the number of real slices that are compared with samples.
-        - samples: the numbers of `Comparison.measure` and `Comparison.measure_copies`; accuracies of classifiers
-          against real slices (c2st_real), of codes against codes of real slices (c2st_codes), and of what the VQ-VAE
-          decodes from them against reconstructions (c2st_reconstructions); `count`, the number of samples; and
-          `nearest_to_training`, the ten samples nearest to a training slice.
+        - samples: the numbers of `Comparison.measure`, `Comparison.measure_copies` and
+          `Comparison.classify_against_real`; accuracies of a classifier of codes against codes of real slices
+          (c2st_codes), and of one of what the VQ-VAE decodes from them against reconstructions (c2st_reconstructions);
+          `count`, the number of samples; and `nearest_to_training`, the ten samples nearest to a training slice.
         - references: the numbers of `reconstructions` of the test slices; those of `other_subjects` (see
           `Comparison.measure_other_subjects`), the best that any model can reach; and real_ms_ssim_of_pairs, that of
           the real slices. With a sharp decoder also those of `sharp_reconstructions`, the best that it allows, and of
@@ -96,7 +97,7 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
     faithful, drawn = comparison.redecode(samples), comparison.draw(decoded)
     sampled = {
         "count": len(real["test"].images),
-        "c2st_real": comparison.classify_images(real, samples),
+        **comparison.classify_against_real(samples),
         "c2st_reconstructions": comparison.classify_images(decoded, faithful),
         "c2st_codes": comparison.classify_codes(decoded, samples),
         **comparison.measure(samples["test"]),
@@ -105,11 +106,16 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
     }
     references = {"reconstructions": decoded}
     if results.generator.decoder:
-        references |= {"sharp_reconstructions": drawn, "faithful_samples": faithful}
+        references["faithful_samples"] = faithful
     measured = {
         name: {"c2st_real": comparison.classify_images(real, images), **comparison.measure(images["test"])}
         for name, images in references.items()
     }
+    if results.generator.decoder:
+        measured["sharp_reconstructions"] = {
+            **comparison.classify_against_real(drawn),
+            **comparison.measure(drawn["test"]),
+        }
     controls = {}
     for name in CONTROLS:
         faultless, control = comparison.control(name)
@@ -262,14 +268,38 @@ class Comparison:
         return two_sample.image_classifier(size, seeds.number(self.seed, "classifier of images"))
 
     @functools.cached_property
+    def _half_size_classifier(self) -> keras.Model:
+        size = half_size(self.real["test"].images[:1]).shape[1]
+        return two_sample.image_classifier(size, seeds.number(self.seed, "classifier of images"))
+
+    @functools.cached_property
     def _code_classifier(self) -> keras.Model:
         vqvae, seed = self.results.generator.vqvae, seeds.number(self.seed, "classifier of codes")
         codebooks = [keras.ops.convert_to_numpy(quantizer.embeddings) for quantizer in vqvae.quantizers]
         return two_sample.code_classifier(codebooks, vqvae.grids, seed)
 
-    def classify_images(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:
-        """Measure how well a classifier of images distinguishes two sets."""
-        return self._classify(first, second, self._image_classifier, lambda part: [part.images])
+    def classify_images(self, first: ImageSet, second: ImageSet, trainings: int = 1) -> dict[str, Any]:
+        """Measure how well a classifier of images distinguishes two sets; it may be trained several times."""
+        return self._classify(first, second, self._image_classifier, lambda part: [part.images], trainings)
+
+    def classify_against_real(self, images: ImageSet) -> dict[str, Any]:
+        """Measure how well a set can be told from the real slices.
+
+        Returns:
+            - c2st_real: What a classifier finds that is trained `CLASSIFIER_TRAININGS` times.
+            - c2st_half_size: The same of images that are shrunk to half their height and width. If it finds less, then
+              the finest details differ more than the rest.
+        """
+        return {
+            "c2st_real": self.classify_images(self.real, images, CLASSIFIER_TRAININGS),
+            "c2st_half_size": self._classify(
+                self.real,
+                images,
+                self._half_size_classifier,
+                lambda part: [half_size(part.images)],
+                CLASSIFIER_TRAININGS,
+            ),
+        }
 
     def classify_codes(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:
         """Measure how well a classifier of code grids distinguishes two sets."""
@@ -281,12 +311,15 @@ class Comparison:
         second: ImageSet,
         classifier: keras.Model,
         inputs: Callable[[Part], list[np.ndarray]],
+        trainings: int = 1,
     ) -> dict[str, Any]:
         """Run a two-sample test on what a classifier reads of each part."""
         first_inputs = {split: inputs(part) for split, part in first.items()}
         second_inputs = {split: inputs(part) for split, part in second.items()}
         subjects = _subjects(first["test"], second["test"])
-        return two_sample.classifier_two_sample_test(first_inputs, second_inputs, subjects, classifier, self.seed)
+        return two_sample.classifier_two_sample_test(
+            first_inputs, second_inputs, subjects, classifier, self.seed, trainings
+        )
 
     def measure(self, fakes: Part) -> dict[str, Any]:
         """Compare a set with the test slices.
@@ -488,6 +521,20 @@ def failed_controls(controls: dict[str, dict[str, Any]], reconstructions: dict[s
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def half_size(images: np.ndarray) -> np.ndarray:
+    """Shrink images to the means of squares of 2 × 2 pixels.
+
+    Args:
+        images: (N, H, W, 1) uint8; the last row and column are dropped if there is an odd number.
+
+    Returns:
+        (N, H // 2, W // 2, 1) uint8.
+    """
+    height, width = (size // 2 for size in images.shape[1:3])
+    squares = images[:, : 2 * height, : 2 * width].reshape(-1, height, 2, width, 2, 1)
+    return np.rint(squares.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
 
 
 def to_display_uint8(images: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ LEADING_PICTURES = 3  # The first pictures of `pictures.PICTURES` stand above th
 # Key in metrics.json, name, how to read it, and the key in `comparison.failed_controls`, if it has controls.
 SAMPLE_ROWS = (
     ("c2st_real", "classifier accuracy against real slices", "0.50 (chance) is best", "c2st"),
+    ("c2st_half_size", "the same at half the size", "if it is lower, the finest details differ most", "c2st"),
     (
         "c2st_reconstructions",
         "classifier accuracy against reconstructions",

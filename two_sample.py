@@ -6,7 +6,7 @@ subject, not the slice, as the unit.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
@@ -265,11 +265,13 @@ def classifier_two_sample_test(
     subjects: tuple[np.ndarray, np.ndarray],
     classifier: keras.Model,
     seed: int,
+    trainings: int = 1,
 ) -> dict[str, Any]:
     """Measure how well a classifier distinguishes two sets (Lopez-Paz & Oquab 2017).
 
     The classifier is trained on the training subjects. The validation subjects choose the epoch and the head, and the
     test subjects are then classified once. An accuracy of 0.5, chance, means that the sets cannot be distinguished.
+    What a classifier finds differs from one training to the next, so it may be trained several times.
 
     Args:
         first, second: What the classifier reads, for "train", "validate" and "test".
@@ -277,33 +279,51 @@ def classifier_two_sample_test(
         classifier: An untrained classifier, see `image_classifier` and `code_classifier`. It is left untrained, so that
             it can be used again without compiling another one.
         seed: Determines the order of the training items in each epoch.
+        trainings: How often the classifier is trained, each time with another order of the items.
 
     Returns:
-        accuracy: Fraction of the test items that are classified correctly, averaged over the two sets; NaN if a set is
-            empty or missing.
-        accuracy_interval: Its 95 % interval over subjects.
-        accuracy_pooled, accuracy_global: Accuracy of each head in its best epoch.
+        accuracy: Fraction of the test items that are classified correctly, averaged over the two sets and the
+            trainings; NaN if a set is empty or missing.
+        accuracy_interval: Its 95 % interval over subjects. It does not say how much trainings differ.
+        accuracies: The accuracy after each training.
+        accuracy_pooled, accuracy_global: Accuracy of each head in its best epoch, averaged over the trainings.
     """
     if not all(sets.get(part) and len(sets[part][0]) for sets in (first, second) for part in naming.SPLITS):
         undefined = dict.fromkeys(("accuracy", *(f"accuracy_{head}" for head in HEADS)), math.nan)
-        return {**undefined, "accuracy_interval": [None, None]}
+        return {**undefined, "accuracy_interval": [None, None], "accuracies": []}
+    runs = [_train_classifier(first, second, classifier, seed, training) for training in range(trainings)]
+    chosen = [max(HEADS, key=lambda head: run[head].validation_accuracy) for run in runs]
+    correct = [run[head].correct for run, head in zip(runs, chosen, strict=True)]
+    mean = [np.mean(parts, axis=0) for parts in zip(*correct, strict=True)]  # of each item of each set
+    halves = [(0.5 * part, names) for part, names in zip(mean, subjects, strict=True)]
+    return {
+        "accuracy": _mean_accuracy(mean),
+        "accuracy_interval": _clip(_interval_of_sum(halves)),
+        "accuracies": [_mean_accuracy(parts) for parts in correct],
+        **{f"accuracy_{head}": float(np.mean([_mean_accuracy(run[head].correct) for run in runs])) for head in HEADS},
+    }
+
+
+class _Judged(NamedTuple):
+    """The best epoch of a head: its accuracy on validation items, and which items of each test set it gets right."""
+
+    validation_accuracy: float
+    correct: list[np.ndarray]
+
+
+def _train_classifier(
+    first: dict[str, Inputs], second: dict[str, Inputs], classifier: keras.Model, seed: int, training: int
+) -> dict[str, _Judged]:
+    """Train a classifier once, leave it untrained again, and return the best epoch of each head."""
     inputs, labels = _concatenate([first["train"], second["train"]])
     judged, group = _concatenate([sets[split] for split in ("validate", "test") for sets in (first, second)])
-    best = dict.fromkeys(HEADS, -1.0)
-    correct: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-    def judge() -> None:
-        for head, logits in _logits(classifier, judged).items():
-            right = (logits > 0) == (group % 2 == 1)
-            accuracy = _mean_accuracy((right[group == 0], right[group == 1]))
-            if accuracy > best[head]:
-                best[head], correct[head] = accuracy, (right[group == 2], right[group == 3])
-
+    best = dict.fromkeys(HEADS, _Judged(-1.0, []))
     untrained = [keras.ops.convert_to_numpy(variable) for variable in _state(classifier)]
     steps = -(-len(labels) // CLASSIFIER_BATCH_SIZE)
     for epoch in range(min(max(CLASSIFIER_STEPS // steps, 1), CLASSIFIER_MAX_EPOCHS)):
         # Keras would derive the order from the global seed, which depends on what ran before.
-        order = seeds.generator(seed, "order of classified items", epoch).permutation(len(labels))
+        number = training * CLASSIFIER_MAX_EPOCHS + epoch
+        order = seeds.generator(seed, "order of classified items", number).permutation(len(labels))
         classifier.fit(
             [array[order] for array in inputs],
             dict.fromkeys(HEADS, labels[order].astype(np.float32)),
@@ -311,18 +331,16 @@ def classifier_two_sample_test(
             shuffle=False,
             verbose=0,
         )
-        judge()
-        if max(best.values()) > CLASSIFIER_GOAL:
+        for head, logits in _logits(classifier, judged).items():
+            right = (logits > 0) == (group % 2 == 1)
+            accuracy = _mean_accuracy([right[group == 0], right[group == 1]])
+            if accuracy > best[head].validation_accuracy:
+                best[head] = _Judged(accuracy, [right[group == 2], right[group == 3]])
+        if max(judgement.validation_accuracy for judgement in best.values()) > CLASSIFIER_GOAL:
             break
     for variable, value in zip(_state(classifier), untrained, strict=True):
         variable.assign(value)
-    chosen = correct[max(HEADS, key=lambda head: best[head])]
-    halves = [(0.5 * part, names) for part, names in zip(chosen, subjects, strict=True)]
-    return {
-        "accuracy": _mean_accuracy(chosen),
-        "accuracy_interval": _clip(_interval_of_sum(halves)),
-        **{f"accuracy_{head}": _mean_accuracy(correct[head]) for head in HEADS},
-    }
+    return best
 
 
 def _logits(classifier: keras.Model, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -340,7 +358,7 @@ def _concatenate(sets: Sequence[Inputs]) -> tuple[Inputs, np.ndarray]:
     return inputs, np.repeat(np.arange(len(sets)), [len(arrays[0]) for arrays in sets])
 
 
-def _mean_accuracy(correct: tuple[np.ndarray, np.ndarray]) -> float:
+def _mean_accuracy(correct: Sequence[np.ndarray]) -> float:
     return float((correct[0].mean() + correct[1].mean()) / 2)
 
 

@@ -122,8 +122,11 @@ def measure_samples(results: Results, seed: int) -> dict[str, Any]:
     for name, images in sets.items():
         numbers[name] = {n: value for n, value in compared.measure(images["test"]).items() if "critic" not in n}
         if name != "faithful_samples":
-            numbers[name]["c2st_real"] = compared.classify_images(compared.real, images)
-            print(f"c2st of {SETS[name]} against real slices: {numbers[name]['c2st_real']['accuracy']:.3f}", flush=True)
+            numbers[name] |= compared.classify_against_real(images)
+            for key, size in (("c2st_real", ""), ("c2st_half_size", ", at half the size")):
+                found = numbers[name][key]
+                each = ", ".join(f"{accuracy:.3f}" for accuracy in found["accuracies"])
+                print(f"c2st of {SETS[name]} against real slices{size}: {found['accuracy']:.3f} ({each})", flush=True)
     if results.generator.decoder:
         numbers["samples"] |= compared.measure_copies(samples["test"], sets["sharp_reconstructions"]["test"])
     pairs = comparison.ms_ssim_of_pairs(compared.real["test"].images, compared.pairs)

@@ -22,7 +22,7 @@ from tests import test_generator
 
 SPLITS = ("train", "validate", "test")
 COPIES = {"nn_distance_ratio_images", "near_duplicate_rate_images"}
-SETS = {"c2st_real", "c2st_reconstructions", "c2st_codes"}
+SETS = {"c2st_real", "c2st_half_size", "c2st_reconstructions", "c2st_codes"}
 PRDC = {"precision", "recall", "density", "coverage"}
 SPACES = ("codes", "pixels", "features")
 MEASURED = {"critic_auc", "critic_auc_interval", *PRDC, "mmd2", "mmd2_error", "ms_ssim_of_pairs"}
@@ -90,7 +90,7 @@ def compare(results: Results) -> tuple[dict, list]:
     """The numbers, and the arguments of each classifier two-sample test, none of which is carried out."""
     calls = []
 
-    def record(first, second, subjects, classifier, seed):
+    def record(first, second, subjects, classifier, seed, trainings):
         calls.append(SimpleNamespace(first=first, second=second, subjects=subjects, classifier=classifier))
         return {"accuracy": len(calls) / 100, "accuracy_interval": [0.0, 1.0]}
 
@@ -128,14 +128,24 @@ def test_compare_returns_the_documented_numbers(compared):
     assert json.loads(json.dumps(metrics.without_nan(numbers), allow_nan=False))
 
 
+def test_images_are_shrunk_to_means_of_squares():
+    images = np.random.default_rng(0).integers(0, 256, (2, 7, 6, 1)).astype(np.uint8)
+    shrunk = comparison.half_size(images)
+    assert shrunk.shape == (2, 3, 3, 1)
+    assert shrunk.dtype == np.uint8
+    assert shrunk[1, 2, 0, 0] == round(images[1, 4:6, :2].mean())
+
+
 def test_classifiers_compare_the_right_sets_split_by_split(results, compared):
     _, tests = compared
-    against_real, against_decoded, of_codes, of_decoded = tests[:4]
+    against_real, at_half_size, against_decoded, of_codes, of_decoded = tests[:5]
     decoded = {split: results.generator.decode(codes) for split, codes in results.codes.items()}
     for split in SPLITS:
         real, sampled = results.slices[split].images, results.compared_samples[split]
         assert np.array_equal(against_real.first[split][0], shown(real))
         assert np.array_equal(against_real.second[split][0], shown(sampled.images))
+        assert np.array_equal(at_half_size.first[split][0], comparison.half_size(shown(real)))
+        assert np.array_equal(at_half_size.second[split][0], comparison.half_size(shown(sampled.images)))
         assert np.array_equal(against_decoded.first[split][0], shown(decoded[split]))
         assert np.array_equal(against_decoded.second[split][0], shown(sampled.images))
         assert np.array_equal(of_codes.first[split][0], results.codes[split][0])
@@ -150,7 +160,7 @@ def test_no_classifier_is_trained_on_test_subjects(results, compared):
     _, tests = compared
     test_images = {image.tobytes() for image in shown(results.slices["test"].images)}
     classified = [call for call in tests if "train" in call.second]
-    assert len(classified) == 14  # All but those of the decoded training codes, which have a test part only.
+    assert len(classified) == 15  # All but those of the decoded training codes, which have a test part only.
     for call in classified:
         for split in ("train", "validate"):
             for inputs in (call.first[split], call.second[split]):
@@ -167,9 +177,10 @@ def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
     }
     numbers, classified = compare(replace(results, generator=sharpened, compared_samples=drawn))
     references = numbers["references"]
-    assert set(references["sharp_reconstructions"]) == set(references["faithful_samples"]) == MEASURED | {"c2st_real"}
+    assert set(references["faithful_samples"]) == MEASURED | {"c2st_real"}
+    assert set(references["sharp_reconstructions"]) == MEASURED | {"c2st_real", "c2st_half_size"}
     assert references["faithful_samples"]["power_high"] != numbers["samples"]["power_high"]
-    against_reconstructions = classified[1].second["test"][0]
+    against_reconstructions = classified[2].second["test"][0]
     assert np.array_equal(against_reconstructions, shown(sharpened.decode(drawn["test"].codes)))
 
 

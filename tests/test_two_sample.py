@@ -321,6 +321,17 @@ def test_result_does_not_depend_on_what_ran_before(classifier, few_epochs):
     assert numbers == two_sample.classifier_two_sample_test(first, second, SUBJECTS, fresh, 0)
 
 
+def test_several_trainings_are_averaged_and_the_first_is_that_of_one(classifier, few_epochs):
+    first, second = image_set({}, 0), image_set(dict.fromkeys(COUNTS, 108), 1)
+    once = two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier, 0)
+    numbers = two_sample.classifier_two_sample_test(first, second, SUBJECTS, classifier, 0, trainings=3)
+    assert numbers["accuracies"][0] == once["accuracy"] == once["accuracies"][0]
+    assert len(set(numbers["accuracies"])) > 1
+    assert numbers["accuracy"] == pytest.approx(np.mean(numbers["accuracies"]))
+    lower, upper = numbers["accuracy_interval"]
+    assert lower < numbers["accuracy"] < upper
+
+
 @pytest.mark.parametrize("missing", ["train", "validate", "test"])
 def test_sets_without_a_part_are_not_classified(missing):
     whole, part = image_set({}, 0), image_set({}, 1)
@@ -332,6 +343,7 @@ def test_sets_without_a_part_are_not_classified(missing):
         for sets in ((whole, lacking), (lacking, whole)):
             numbers = two_sample.classifier_two_sample_test(*sets, SUBJECTS, None, 0)
             assert numbers.pop("accuracy_interval") == [None, None]
+            assert numbers.pop("accuracies") == []
             assert set(numbers) == {"accuracy", "accuracy_pooled", "accuracy_global"}
             assert all(math.isnan(value) for value in numbers.values())
 
