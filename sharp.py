@@ -10,6 +10,8 @@ References:
     Liu et al. 2023, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow"
     Ho et al. 2022, "Cascaded Diffusion Models for High Fidelity Image Generation" (detail for a blurred image)
     Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (logit-normal times)
+    Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (inputs of unit variance)
+    Ahmed et al. 1974, "Discrete Cosine Transform"
     Ronneberger et al. 2015, "U-Net: Convolutional Networks for Biomedical Image Segmentation"
     Vaswani et al. 2017, "Attention Is All You Need" (attention, sines and cosines of the time)
 """
@@ -21,6 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from scipy import fft
 
 import model
 import seeds
@@ -29,10 +32,11 @@ from layers import PACKAGE, Shape, Tensor, replica_index_and_count, resize
 WORKING_SIZE = 96  # Resolution at which the network works, about; each of its cells is a square of pixels.
 TIME_FEATURES = 128  # Number of features that describe the time.
 HEAD_SIZE = 32  # Channels of each attention head.
+PATCH_RESOLUTION = 2  # How often the resolution is halved until each cell covers a patch.
 NUM_STEPS = 4  # Steps from noise to detail, each with two evaluations of the network.
-BRAIN_LEVEL = 0.004  # Grey level above which a pixel of the VQ-VAE's image counts as brain.
-BRAIN_MARGIN = 5  # Side of the square around such a pixel in which detail is drawn.
-CLEAR_BRAIN_LEVEL = 0.05  # Grey level that a pixel must exceed somewhere in a larger square.
+FREQUENCY_FEATURES = 512  # Features that describe the frequencies of a patch.
+BRAIN_LEVEL = 0.05  # Grey level above which a pixel of the VQ-VAE's image counts as brain.
+MIN_SCALE = 1e-3  # Smallest standard deviation of a frequency on the [0, 1] scale: that of rounded pixels.
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -50,7 +54,8 @@ class SharpDecoder(keras.Model):
         image_size, grids, coding_size, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
         background_code: Whether cells of the finest grid with code 0 are decoded to black.
         detail_channels: See `VelocityNetwork`.
-        detail_scale: Standard deviation of what the faithful images lack, on the [0, 1] scale.
+        detail_scales: Standard deviations of the frequencies of what the faithful images lack, on the [0, 1] scale; see
+            `detail_scales`. By default all are 0.1.
 
     Example: For images of 96 × 96 pixels and grids (12,):
 
@@ -68,11 +73,12 @@ class SharpDecoder(keras.Model):
         embedding_dim: int,
         background_code: bool,
         detail_channels: int = 32,
-        detail_scale: float = 0.1,
+        detail_scales: Sequence[float] | None = None,
         name: str = "decoder",
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
+        scales = np.full(patch_side(image_size) ** 2, 0.1) if detail_scales is None else np.asarray(detail_scales)
         self.settings = {
             "image_size": image_size,
             "grids": list(grids),
@@ -83,10 +89,10 @@ class SharpDecoder(keras.Model):
             "embedding_dim": embedding_dim,
             "background_code": background_code,
             "detail_channels": detail_channels,
-            "detail_scale": detail_scale,
+            "detail_scales": scales.tolist(),
         }
         self.image_size, self.grids, self.background_code = image_size, tuple(grids), background_code
-        self.detail_scale = detail_scale
+        self.detail_scale = float(np.sqrt(np.mean(scales**2)))  # of the pixels
         self.codebooks, self.decoders = [], []
         for level, prefix in enumerate(model.level_prefixes(len(grids))):
             options = {"trainable": False, "name": f"{prefix}codebook"}
@@ -94,7 +100,8 @@ class SharpDecoder(keras.Model):
             self.decoders.append(model.make_decoder(coding_size or image_size, grids, channels, residual_blocks, level))
             self.decoders[-1].trainable = False
             self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
-        self.velocity = VelocityNetwork(image_size, detail_channels, name="velocity")
+        relative_scales = (scales / self.detail_scale).tolist()
+        self.velocity = VelocityNetwork(image_size, detail_channels, relative_scales, name="velocity")
         for codebook in self.codebooks:
             codebook.build(None)
         self.built = True
@@ -164,29 +171,30 @@ class SharpDecoder(keras.Model):
         return {**self.settings, "name": self.name}
 
 
-def detail_scale(images: np.ndarray, faithful: np.ndarray) -> float:
-    """Compute the standard deviation of what decoded images lack near the brain, on the [0, 1] scale.
+def detail_scales(images: np.ndarray, faithful: np.ndarray) -> list[float]:
+    """Compute the standard deviations of the frequencies of what decoded images lack, in patches inside the brain.
 
     Args:
         images: Slices, (N, H, W, 1) uint8.
         faithful: What the VQ-VAE makes of them, (N, H, W, 1) float32 in [0, 1].
 
     Returns:
-        At least 0.001.
+        A number for each frequency of a patch, see `frequencies`, on the [0, 1] scale, at least `MIN_SCALE`.
     """
-    lacking = (images / np.float32(255) - faithful)[faithful > BRAIN_LEVEL]
-    return max(float(np.sqrt(np.mean(np.square(lacking, dtype=np.float64)))), 1e-3) if len(lacking) else 1e-3
+    side = patch_side(images.shape[1])
+    inside = ops.convert_to_numpy(to_patches((faithful > BRAIN_LEVEL).astype(np.float32), side)).all(axis=-1)
+    lacking = ops.convert_to_numpy(frequencies(images / np.float32(255) - faithful, side))[inside]
+    variances = np.mean(np.square(lacking, dtype=np.float64), axis=0) if len(lacking) else np.zeros(side**2)
+    return np.maximum(np.sqrt(variances), MIN_SCALE).tolist()
 
 
 def near_brain(faithful: Tensor) -> Tensor:
-    """Return where detail is drawn: 1 near the brain in decoded images, 0 elsewhere; (B, H, W, 1) float32 both."""
+    """Return where detail is drawn: 1 near the brain in decoded images, 0 elsewhere; (B, H, W, 1) float32 both.
 
-    def near(level: float, side: int) -> Tensor:
-        return ops.max_pool(ops.cast(faithful > level, "float32"), side, strides=1, padding="same")
-
-    # Decoded images have faint specks at the border, far from any brain. Real slices are almost black there.
-    margin = max(BRAIN_MARGIN, 2 * (faithful.shape[1] // 32) + 1)
-    return near(BRAIN_LEVEL, BRAIN_MARGIN) * near(CLEAR_BRAIN_LEVEL, margin)
+    Decoded images have faint specks far from any brain, where real slices are almost black.
+    """
+    margin = max(5, 2 * (faithful.shape[1] // 32) + 1)
+    return ops.max_pool(ops.cast(faithful > BRAIN_LEVEL, "float32"), margin, strides=1, padding="same")
 
 
 # ------------------------------------------------------------------------------------------------- network
@@ -198,18 +206,22 @@ class VelocityNetwork(keras.Model):
 
     Squares of pixels become the channels of one cell, so that the network always works at a resolution of about
     `WORKING_SIZE`. It halves the resolution three times and doubles it again. Cells of the coarsest resolution attend
-    to each other, so that the two halves of a brain can agree.
+    to each other, so that the two halves of a brain can agree. Where a cell is larger than a pixel, a `FrequencyBranch`
+    adds what convolutions of cells overlook.
 
     Args:
         image_size: Height and width of an image in pixels.
         channels: Number of channels at the finest resolution; the next ones have twice and four times as many.
+        scales: Standard deviations of the detail's frequencies, for a `FrequencyBranch`.
     """
 
-    def __init__(self, image_size: int, channels: int, name: str = "velocity", **kwargs: Any) -> None:
+    def __init__(
+        self, image_size: int, channels: int, scales: Sequence[float], name: str = "velocity", **kwargs: Any
+    ) -> None:
         # Times and noise enter as they are; each layer casts what it gets.
         super().__init__(name=name, autocast=False, **kwargs)
-        self.settings = {"image_size": image_size, "channels": channels}
-        self.side = math.gcd(image_size, 2 ** max(0, round(math.log2(image_size / WORKING_SIZE))))  # of a cell's square
+        self.settings = {"image_size": image_size, "channels": channels, "scales": list(scales)}
+        self.side = cell_side(image_size)
         widths = [channels, 2 * channels, 4 * channels, 4 * channels]
         convolution = {"kernel_size": 3, "padding": "same"}
         self.embed_time = [
@@ -228,6 +240,9 @@ class VelocityNetwork(keras.Model):
         self.last_norm = keras.layers.RMSNormalization(name="last_norm")
         last = {**convolution, "kernel_initializer": "zeros", "dtype": "float32"}
         self.last = keras.layers.Conv2D(self.side**2, **last, name="last")
+        self.frequency_branch = None
+        if self.side > 1:
+            self.frequency_branch = FrequencyBranch(patch_side(image_size), scales, name="frequency_branch")
         image = keras.Input((image_size, image_size, 1))
         self({"detail": image, "faithful": image, "time": keras.Input(())})  # creates the weights
 
@@ -259,7 +274,13 @@ class VelocityNetwork(keras.Model):
                 height, width = skipped[i].shape[1:3]  # Odd sizes are rounded up when they are halved.
                 features = ops.concatenate([features[:, :height, :width], skipped[i]], axis=-1)
             features = self.up_blocks[i](features, time)
-        return from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
+            if i == PATCH_RESOLUTION:
+                features_of_patches = features
+        velocity = from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
+        if self.frequency_branch:
+            known = (inputs[name] for name in ("detail", "faithful", "time"))
+            velocity += self.frequency_branch(*known, time, features_of_patches)
+        return velocity
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
@@ -270,6 +291,11 @@ def time_features(time: Tensor) -> Tensor:
     frequencies = np.exp(np.linspace(0, 5, 16)).astype(np.float32)
     angles = ops.cast(time, "float32")[:, None] * frequencies
     return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+
+
+def cell_side(image_size: int) -> int:
+    """Return the side of the square of pixels that is one cell at the finest resolution of the `VelocityNetwork`."""
+    return math.gcd(image_size, 2 ** max(0, round(math.log2(image_size / WORKING_SIZE))))
 
 
 def to_cells(images: Tensor, side: int) -> Tensor:
@@ -284,6 +310,91 @@ def from_cells(cells: Tensor, side: int) -> Tensor:
     height, width = cells.shape[1:3]
     squares = ops.transpose(ops.reshape(cells, (-1, height, width, side, side)), (0, 1, 3, 2, 4))
     return ops.reshape(squares, (-1, height * side, width * side, 1))
+
+
+def patch_side(image_size: int) -> int:
+    """Return the side of the patches of pixels whose frequencies the `FrequencyBranch` reads."""
+    return cell_side(image_size) * 2**PATCH_RESOLUTION
+
+
+def to_patches(images: Tensor, side: int) -> Tensor:
+    """Turn patches of pixels into channels: (B, H, W, 1) -> (B, ⌈H / side⌉, ⌈W / side⌉, side²).
+
+    Images are padded with zeros on the right and at the bottom.
+    """
+    padding = [(0, -size % side) for size in images.shape[1:3]]
+    return to_cells(ops.pad(images, [(0, 0), *padding, (0, 0)]), side)
+
+
+def frequencies(images: Tensor, side: int) -> Tensor:
+    """Return the orthonormal two-dimensional cosine transform (DCT-II) of each patch; shapes as in `to_patches`."""
+    return ops.matmul(to_patches(images, side), cosines(side).T)
+
+
+def cosines(side: int) -> np.ndarray:
+    """Return the matrix of the cosine transform of flat patches: (side², side²) float32, a row for each frequency."""
+    row = fft.dct(np.eye(side), axis=0, norm="ortho")
+    return np.kron(row, row).astype(np.float32)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class FrequencyBranch(keras.layers.Layer):
+    """Predicts the velocity of each patch of pixels from the frequencies of the patch.
+
+    Late on the way from noise to detail, the noise that is left is fainter than the detail, so it can only be found
+    where the detail has none of a frequency. This is so for slices from JPEG files: most frequencies of their blocks
+    of 8 × 8 pixels are zero. Convolutions of cells hardly learn this; dense layers for each patch do.
+
+    At time t, the frequency k of detail that is mixed with noise has the variance n_k(t)² = t² σ_k² + (1 − t)². What
+    enters is divided by n_k(t), and so is what the last layer predicts: it is small early and large late, as the noise
+    is (compare Karras et al. 2022, section 5).
+
+    Args:
+        side: Side of a patch in pixels.
+        scales: σ_k, standard deviations of the detail's frequencies, side² numbers.
+    """
+
+    def __init__(self, side: int, scales: Sequence[float], **kwargs: Any) -> None:
+        # Not in half precision: it would hide faint noise.
+        super().__init__(dtype="float32", autocast=False, **kwargs)
+        self.side, self.scales = side, np.asarray(scales, np.float32)
+        names = ("hidden", "context", "second_hidden", "modulation", "second_modulation")
+        self.hidden, self.context, self.second_hidden = (
+            keras.layers.Dense(FREQUENCY_FEATURES, dtype="float32", name=name) for name in names[:3]
+        )
+        zeros = {"kernel_initializer": "zeros", "dtype": "float32"}
+        self.modulation, self.second_modulation = (
+            keras.layers.Dense(2 * FREQUENCY_FEATURES, **zeros, name=name) for name in names[3:]
+        )
+        self.norm = keras.layers.RMSNormalization(dtype="float32", name="norm")
+        self.out = keras.layers.Dense(side**2, **zeros, name="out")
+
+    def call(self, detail: Tensor, faithful: Tensor, time: Tensor, embedded_time: Tensor, features: Tensor) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            detail, faithful, time: Inputs of the `VelocityNetwork`.
+            embedded_time: Features of the time, (B, T).
+            features: Features of the patches, (B, ⌈H / side⌉, ⌈W / side⌉, C).
+
+        Returns:
+            (B, H, W, 1) float32.
+        """
+        time = ops.cast(time, "float32")[:, None, None, None]
+        deviation = ops.sqrt((time * self.scales) ** 2 + (1 - time) ** 2)
+        known = [frequencies(detail, self.side) / deviation, frequencies(faithful, self.side) / self.scales]
+        hidden = self.hidden(ops.concatenate(known, axis=-1)) + self.context(ops.cast(features, "float32"))
+        hidden = ops.relu(modulate(hidden, self.modulation(embedded_time)))
+        hidden = modulate(self.norm(self.second_hidden(hidden)), self.second_modulation(embedded_time))
+        predicted = self.out(ops.relu(hidden)) / deviation
+        height, width = detail.shape[1:3]
+        return from_cells(ops.matmul(predicted, cosines(self.side)), self.side)[:, :height, :width]
+
+
+def modulate(features: Tensor, modulation: Tensor) -> Tensor:
+    """Return (1 + a) · features + b for features (B, h, w, C) and a modulation (B, 2 · C), which is split into a, b."""
+    scale, shift = ops.split(modulation[:, None, None], 2, axis=-1)
+    return features * (1 + scale) + shift
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -312,8 +423,8 @@ class TimedBlock(keras.layers.Layer):
 
     def call(self, features: Tensor, time: Tensor) -> Tensor:
         """Features (B, h, w, C) and features of the time (B, T) -> (B, h, w, filters)."""
-        scale, shift = ops.split(self.modulation(time)[:, None, None], 2, axis=-1)
-        inner = self.outer_norm(self.inner(ops.relu(self.inner_norm(features)))) * (1 + scale) + shift
+        inner = self.outer_norm(self.inner(ops.relu(self.inner_norm(features))))
+        inner = modulate(inner, self.modulation(time))
         return (self.shortcut(features) if self.shortcut else features) + self.outer(ops.relu(inner))
 
 

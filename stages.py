@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from training import Stage
 Slices = dict[str, dataset.Slices]  # By split.
 Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
 NUM_PREVIEWED = 8  # Validation slices in a preview.
-NUM_SCALED = 500  # Training slices that determine the scale of the detail.
+NUM_SCALED = 500  # Training slices that determine the scales of the detail.
 NUM_PROPOSED = 9  # Epochs for which the selector gets new proposals.
 
 # --------------------------------------------------------------------------------------------- networks
@@ -107,10 +107,10 @@ def make_selector(config: Any, vqvae: model.VQVAE) -> Selector:
     return Selector.untrained(vqvae, use_position=config.prior_uses_position)
 
 
-def make_decoder_tuning(config: Any, vqvae: model.VQVAE, detail_scale: float) -> sharp.DecoderTuning:
+def make_decoder_tuning(config: Any, vqvae: model.VQVAE, detail_scales: Sequence[float]) -> sharp.DecoderTuning:
     """What trains the sharp decoder of a VQ-VAE: the untrained decoder and its loss."""
     keras.utils.set_random_seed(seeds.number(config.seed, "weights of the sharp decoder"))
-    decoder = sharp.SharpDecoder.untrained(vqvae, detail_channels=config.decoder_channels, detail_scale=detail_scale)
+    decoder = sharp.SharpDecoder.untrained(vqvae, detail_channels=config.decoder_channels, detail_scales=detail_scales)
     return sharp.DecoderTuning(decoder, config.seed)
 
 
@@ -250,9 +250,9 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
 def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generator) -> Stage:
     """How the sharp decoder is trained: on slices and their codes."""
     shard, train = devices.process_index_and_count(), slices["train"]
-    # Some slices, spread evenly, suffice for the scale.
+    # Some slices, spread evenly, suffice for the scales.
     some = np.unique(np.linspace(0, len(train) - 1, NUM_SCALED).astype(int))
-    scale = sharp.detail_scale(train.images[some], generator.decode([level[some] for level in codes["train"]]))
+    scales = sharp.detail_scales(train.images[some], generator.decode([level[some] for level in codes["train"]]))
 
     def inputs(split: str) -> dict[str, np.ndarray]:
         levels = {f"codes_{level}": indices for level, indices in enumerate(codes[split])}
@@ -264,7 +264,7 @@ def decoder_stage(config: Any, slices: Slices, codes: Codes, generator: Generato
 
     return Stage(
         name="decoder",
-        make=lambda: make_decoder_tuning(config, generator.vqvae, scale),
+        make=lambda: make_decoder_tuning(config, generator.vqvae, scales),
         batches=batches,
         validation=lambda: dataset.input_batches(
             inputs("validate"), "positions", config.decoder_batch_size, shard=shard

@@ -36,8 +36,13 @@ def batch_of(vqvae: model.VQVAE, count: int = 4) -> dict[str, np.ndarray]:
     return {"images": RNG.integers(0, 256, (count, 32, 32, 1)).astype(np.uint8), **codes}
 
 
-def untrained(vqvae: model.VQVAE, **settings: float) -> sharp.SharpDecoder:
-    return sharp.SharpDecoder.untrained(vqvae, detail_channels=8, **settings)
+def untrained(vqvae: model.VQVAE, scale: float = 0.1) -> sharp.SharpDecoder:
+    scales = [scale] * sharp.patch_side(vqvae.image_size) ** 2
+    return sharp.SharpDecoder.untrained(vqvae, detail_channels=8, detail_scales=scales)
+
+
+def velocity_network(size: int, channels: int = 8) -> sharp.VelocityNetwork:
+    return sharp.VelocityNetwork(size, channels, [1.0] * sharp.patch_side(size) ** 2)
 
 
 def with_random_velocity(decoder: sharp.SharpDecoder) -> sharp.SharpDecoder:
@@ -65,7 +70,7 @@ def test_background_stays_black_whatever_the_noise():
     codes = [RNG.integers(1, 16, (3, grid, grid)).astype(np.int32) for grid in (4, 8)]
     codes[-1][:, :, :2] = 0
     decoded = ops.convert_to_numpy(decoder(inputs_of(codes)))
-    assert not decoded[:, :, : 8 - sharp.BRAIN_MARGIN // 2].any()
+    assert not decoded[:, :, :6].any()
     assert decoded[:, :, 8:].any()
 
 
@@ -80,7 +85,7 @@ def test_specks_far_from_the_brain_are_black():
 
 def test_the_velocity_is_followed_to_its_end():
     """The midpoint method is exact for a velocity that is a linear function of the time."""
-    decoder = untrained(test_generator.make((4,)).vqvae, detail_scale=0.1)
+    decoder = untrained(test_generator.make((4,)).vqvae, scale=0.1)
     faithful, noise = np.full((2, 32, 32, 1), 0.5, np.float32), RNG.standard_normal((2, 32, 32, 1), np.float32)
     wanted = RNG.uniform(-1, 1, noise.shape).astype(np.float32)
     decoder.velocity = lambda inputs: (wanted - noise) * 2 * ops.reshape(inputs["time"], (-1, 1, 1, 1))
@@ -89,7 +94,7 @@ def test_the_velocity_is_followed_to_its_end():
 
 @pytest.mark.parametrize(("size", "side"), [(32, 1), (96, 1), (128, 1), (192, 2), (256, 2), (384, 4)])
 def test_cells_are_squares_of_pixels(size, side):
-    network = sharp.VelocityNetwork(size, 8)
+    network = velocity_network(size)
     assert network.side == side
     images = RNG.random((2, size, size, 1), np.float32)
     cells = sharp.to_cells(images, side)
@@ -99,7 +104,7 @@ def test_cells_are_squares_of_pixels(size, side):
 
 
 def test_an_untrained_network_predicts_no_velocity_and_knows_the_time_afterwards():
-    network, images = sharp.VelocityNetwork(32, 8), RNG.random((2, 32, 32, 1), np.float32)
+    network, images = velocity_network(32), RNG.random((2, 32, 32, 1), np.float32)
     early, late = ({"detail": images, "faithful": images, "time": np.full(2, time)} for time in (0.1, 0.9))
     assert not np.any(ops.convert_to_numpy(network(early)))
     test_generator.with_random_weights(network)
@@ -109,12 +114,12 @@ def test_an_untrained_network_predicts_no_velocity_and_knows_the_time_afterwards
 @pytest.mark.parametrize(("size", "channels"), [(18, 2), (50, 50), (150, 8)])
 def test_any_image_size_and_number_of_channels_works(size, channels):
     images = np.zeros((1, size, size, 1), np.float32)
-    velocity = sharp.VelocityNetwork(size, channels)({"detail": images, "faithful": images, "time": np.ones(1)})
+    velocity = velocity_network(size, channels)({"detail": images, "faithful": images, "time": np.ones(1)})
     assert velocity.shape == images.shape
 
 
 def test_all_parts_of_an_image_influence_each_other():
-    network, images = sharp.VelocityNetwork(32, 8), RNG.random((1, 32, 32, 1), np.float32)
+    network, images = velocity_network(32), RNG.random((1, 32, 32, 1), np.float32)
     changed = images.copy()
     changed[0, :8, :8] *= -10
     first, second = ({"detail": x, "faithful": images, "time": np.ones(1)} for x in (images, changed))
@@ -141,7 +146,7 @@ def tuning_variable(tuning: sharp.DecoderTuning, path: str) -> np.ndarray:
 
 def test_the_loss_is_that_of_the_velocity_near_the_brain(vqvae):
     """Without a prediction, the error is noise − detail, whose variance is known."""
-    decoder = untrained(vqvae, detail_scale=0.5)
+    decoder = untrained(vqvae, scale=0.5)
     tuning, batch = sharp.DecoderTuning(decoder), batch_of(vqvae, 64)
     faithful = ops.convert_to_numpy(decoder.decode_faithfully(decoder.lookup(batch)))
     batch["images"] = (faithful * 255).round().astype(np.uint8)
@@ -154,7 +159,7 @@ def test_the_loss_is_that_of_the_velocity_near_the_brain(vqvae):
 
 def test_slices_are_flipped_together_with_their_faithful_images(vqvae):
     """If a slice equals its faithful image, there is no detail, flipped or not."""
-    decoder = untrained(vqvae, detail_scale=1e-3)
+    decoder = untrained(vqvae, scale=1e-3)
     tuning, batch = sharp.DecoderTuning(decoder), batch_of(vqvae, 16)
     faithful = ops.convert_to_numpy(decoder.decode_faithfully(decoder.lookup(batch)))
     batch["images"] = (faithful * 255).round().astype(np.uint8)  # Rounding is a detail of two scales, at most.
@@ -173,12 +178,58 @@ def _flips(tuning: sharp.DecoderTuning, batch: dict[str, np.ndarray]) -> list[tu
     return list(zip(plain, flipped, strict=True))
 
 
-def test_the_scale_is_the_standard_deviation_of_what_is_lacking_near_the_brain():
+def test_the_scales_are_those_of_what_is_lacking_in_the_brain():
+    """Stripes of two pixels, in the brain only, have the same few frequencies in every patch."""
     faithful = np.zeros((4, 32, 32, 1), np.float32)
     faithful[:, 8:24] = 0.5
-    images = np.where(faithful > 0, faithful + 0.1 * np.where(np.indices(faithful.shape)[2] % 2, 1, -1), 1.0)
-    assert sharp.detail_scale((images * 255).round().astype(np.uint8), faithful) == pytest.approx(0.1, abs=2e-3)
-    assert sharp.detail_scale(np.zeros((1, 32, 32, 1), np.uint8), np.zeros((1, 32, 32, 1), np.float32)) == 1e-3
+    images = np.where(faithful > 0, faithful + 0.1 * np.where(np.indices(faithful.shape)[2] // 2 % 2, 1, -1), 1.0)
+    scales = np.reshape(sharp.detail_scales((images * 255).round().astype(np.uint8), faithful), (4, 4))
+    assert np.sqrt(np.mean(scales**2)) == pytest.approx(0.1, abs=2e-3)
+    assert scales[0, 1] > 0.2
+    assert (scales[1:] == sharp.MIN_SCALE).all()
+    black = np.zeros((1, 32, 32, 1))
+    assert set(sharp.detail_scales(black.astype(np.uint8), black.astype(np.float32))) == {sharp.MIN_SCALE}
+
+
+def test_frequencies_keep_lengths_and_the_first_one_is_the_mean():
+    images = RNG.standard_normal((2, 16, 16, 1)).astype(np.float32)
+    found = ops.convert_to_numpy(sharp.frequencies(images, 4))
+    assert found.shape == (2, 4, 4, 16)
+    np.testing.assert_allclose(found[1, 2, 3, 0], 4 * images[1, 8:12, 12:16].mean(), atol=1e-5)
+    np.testing.assert_allclose((found**2).sum((1, 2, 3)), (images**2).sum((1, 2, 3)), rtol=1e-5)
+
+
+def test_frequencies_are_read_where_cells_are_larger_than_a_pixel():
+    assert velocity_network(96).frequency_branch is None
+    network = velocity_network(192)
+    images = RNG.standard_normal((1, 192, 192, 1)).astype(np.float32)
+    inputs = {"detail": images, "faithful": images, "time": np.full(1, 0.5)}
+    assert not np.any(ops.convert_to_numpy(network(inputs)))
+    test_generator.with_random_weights(network.frequency_branch)
+    assert np.abs(ops.convert_to_numpy(network(inputs))).mean() > 1e-3
+    copy = sharp.VelocityNetwork.from_config(network.get_config())
+    copy.set_weights(network.get_weights())
+    np.testing.assert_array_equal(copy(inputs), network(inputs))
+
+
+def test_patches_at_the_border_are_padded_with_zeros():
+    patches = ops.convert_to_numpy(sharp.to_patches(np.ones((1, 6, 9, 1), np.float32), 4))
+    assert patches.shape == (1, 2, 3, 16)
+    assert patches[0, 0, 0].all()
+    assert patches[0, 1, 2].sum() == 2
+
+
+def test_frequencies_of_a_patch_tell_the_velocity_of_this_patch_only():
+    branch, images = sharp.FrequencyBranch(4, [1.0] * 16), RNG.random((1, 16, 16, 1), np.float32)
+    changed = images.copy()
+    changed[0, 5, 6] += 1
+    features, time = np.zeros((1, 4, 4, 8), np.float32), np.full(1, 0.5, np.float32)
+    branch(images, images, time, time[:, None], features)
+    test_generator.with_random_weights(branch)
+    first, second = (ops.convert_to_numpy(branch(x, images, time, time[:, None], features)) for x in (images, changed))
+    differs = np.zeros(images.shape, bool)
+    differs[0, 4:8, 4:8] = True
+    np.testing.assert_array_equal(np.abs(first - second) > 1e-6, differs)
 
 
 def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):

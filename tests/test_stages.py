@@ -235,5 +235,5 @@ def test_the_decoder_is_judged_on_unseen_slices(encoded, decoder_stage):
 
 def test_the_scale_of_the_detail_is_that_of_training_slices(encoded, decoder_stage):
     _, slices, encoder, codes = encoded
-    expected = sharp.detail_scale(slices["train"].images, encoder.decode(codes["train"]))
-    assert decoder_stage.make().decoder.detail_scale == pytest.approx(expected, rel=1e-5)
+    expected = sharp.detail_scales(slices["train"].images, encoder.decode(codes["train"]))
+    assert decoder_stage.make().decoder.settings["detail_scales"] == pytest.approx(expected, rel=1e-5)
