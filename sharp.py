@@ -278,8 +278,8 @@ class VelocityNetwork(keras.Model):
                 features_of_patches = features
         velocity = from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
         if self.frequency_branch:
-            known = (inputs[name] for name in ("detail", "faithful", "time"))
-            velocity += self.frequency_branch(*known, time, features_of_patches)
+            of_patches = {"embedded_time": time, "features": features_of_patches}
+            velocity += self.frequency_branch(inputs["detail"], inputs["faithful"], inputs["time"], **of_patches)
         return velocity
 
     def get_config(self) -> dict[str, Any]:
