@@ -48,7 +48,7 @@ class SharpDecoder(keras.Model):
     ε to detail, z_t = (1 − t) ε + t d with t from 0 to 1, the network predicts the velocity d − ε from z_t, t and y
     (Lipman et al. 2023, equation 23). To draw, the midpoint method follows the predicted velocity from noise to detail
     in `NUM_STEPS` steps: each uses the velocity halfway. Methods that also need the velocity at t = 1, such as Heun's,
-    leave grain: close to it, the loss is about 1, so the network knows little of the noise that is left.
+    leave grain: close to it, the network knows little of the noise that is left.
 
     Args:
         image_size, grids, coding_size, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
