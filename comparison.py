@@ -283,7 +283,7 @@ class Comparison:
         return self._classify(first, second, self._image_classifier, lambda part: [part.images], trainings)
 
     def classify_against_real(self, images: ImageSet) -> dict[str, Any]:
-        """Measure how well a set can be told from the real slices.
+        """Measure how well a set can be distinguished from the real slices.
 
         Returns:
             - c2st_real: What a classifier finds that is trained `CLASSIFIER_TRAININGS` times.

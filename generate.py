@@ -232,8 +232,9 @@ def bits_of(generator: Generator, codes: Sequence[np.ndarray], names: Sequence[s
 def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
     """Write the networks with rounded weights, and what else `Generator.load` and app.py read of a run.
 
-    Weights are rounded to `MANTISSA_BITS`, so that compression halves their size or better. The folder of the slices
-    and the names of the subjects are left out.
+    Weights are rounded to `MANTISSA_BITS`, so that compression halves their size or better. What the sharp decoder has
+    in common with the VQ-VAE is stored once, in vqvae.keras. The folder of the slices and the names of the subjects are
+    left out.
     """
     networks: dict[str, keras.Model] = {"vqvae": generator.vqvae}
     networks |= dict(zip(model.prior_names(len(generator.priors)), generator.priors, strict=True))
@@ -245,6 +246,9 @@ def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
         unfinished.mkdir()
         for name, network in networks.items():
             network.set_weights([rounded(weights) for weights in network.get_weights()])
+            if network is generator.decoder:
+                for part in (*generator.decoder.codebooks, *generator.decoder.decoders):
+                    part.set_weights([np.zeros_like(weights) for weights in part.get_weights()])
             save_compressed(network, unfinished / f"{name}.keras")
         write_json(unfinished / "config.json", config)
         table = run_dir / "test_slices.csv"

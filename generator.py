@@ -94,6 +94,7 @@ class Generator:
         constants, decoder, selector = config["constants"], None, None
         if constants.get("decoder_epochs") and constants["sharp_samples"]:
             decoder = saving.load_model(run_dir / "decoder.keras", sharp.SharpDecoder)
+            decoder.copy_decoders(vqvae)  # A compact copy of a run leaves them out.
         if constants.get("selector_epochs"):
             selector = saving.load_model(run_dir / "selector.keras", Selector)
         candidates = constants.get("num_candidates", 1)

@@ -112,11 +112,15 @@ class SharpDecoder(keras.Model):
         names = ("image_size", "grids", "coding_size", "channels", "residual_blocks", "num_embeddings", "embedding_dim")
         settings |= {name: vqvae.settings[name] for name in names}
         decoder = cls(**settings, background_code=vqvae.background_threshold is not None)
-        for own, quantizer in zip(decoder.codebooks, vqvae.quantizers, strict=True):
-            own.set_weights([ops.convert_to_numpy(quantizer.embeddings)])
-        for own, other in zip(decoder.decoders, vqvae.decoders, strict=True):
-            own.set_weights(other.get_weights())
+        decoder.copy_decoders(vqvae)
         return decoder
+
+    def copy_decoders(self, vqvae: model.VQVAE) -> None:
+        """Set the codebooks and decoders to those of a VQ-VAE."""
+        for own, quantizer in zip(self.codebooks, vqvae.quantizers, strict=True):
+            own.set_weights([ops.convert_to_numpy(quantizer.embeddings)])
+        for own, other in zip(self.decoders, vqvae.decoders, strict=True):
+            own.set_weights(other.get_weights())
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Decode code indices and noise.
