@@ -10,6 +10,7 @@ from PIL import Image
 import console
 import generate
 import phantom
+import saving
 import sharp
 from generator import Generator
 from selector import Selector
@@ -192,6 +193,19 @@ def test_a_compact_copy_is_read_like_the_run(tmp_path, grids):
     for path in folder.glob("*.keras"):
         assert (tmp_path / "small" / path.name).stat().st_size < 0.8 * path.stat().st_size
     assert "slices of mine" not in (tmp_path / "small" / "config.json").read_text()
+
+
+def test_a_compact_copy_stores_what_both_decoders_share_once(tmp_path):
+    generator = test_generator.make((4,))
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(generator.vqvae, detail_channels=8))
+    decoder.copy_decoders(generator.vqvae)
+    test_generator.write_run(tmp_path / "run", generator.replace(decoder=decoder))
+    generate.main(generate.Options(tmp_path / "run", compact=tmp_path / "small"))
+    stored = saving.load_model(tmp_path / "small" / "decoder.keras", sharp.SharpDecoder)
+    assert not any(weights.any() for part in stored.decoders for weights in part.get_weights())
+    original, copy = Generator.load(tmp_path / "run"), Generator.load(tmp_path / "small")
+    codes = original.sample_codes([0, 1, 2])
+    np.testing.assert_allclose(copy.draw(codes, seed=1), original.draw(codes, seed=1), atol=0.1)
 
 
 def test_broken_slices_are_refused_or_left_out(run, slices, tmp_path):

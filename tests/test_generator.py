@@ -240,14 +240,17 @@ def test_bits_saved_by_the_selector_are_few_and_need_one(made, images):
 
 def save(folder: Path, made: Generator) -> None:
     networks = {"vqvae": made.vqvae, **dict(zip(model.prior_names(len(made.vqvae.grids)), made.priors, strict=True))}
-    for name, network in (networks | ({"selector": made.selector} if made.selector else {})).items():
-        saving.save_model(network, folder / f"{name}.keras")
+    networks |= {"selector": made.selector, "decoder": made.decoder}
+    for name, network in networks.items():
+        if network:
+            saving.save_model(network, folder / f"{name}.keras")
 
 
 def write_run(folder: Path, made: Generator) -> None:
     """Write what `Generator.load` reads of a finished run."""
     selecting = {"selector_epochs": 1, "num_candidates": made.num_candidates} if made.selector else {}
-    new = Run(folder, {"data_dir": "slices of mine", **selecting}, {"project": project_version()})
+    drawing = {"decoder_epochs": 1, "sharp_samples": True} if made.decoder else {}
+    new = Run(folder, {"data_dir": "slices of mine", **selecting, **drawing}, {"project": project_version()})
     with new.start("data", slice_positions=[0, 1, 2], crop=192):
         save(folder, made)
 
