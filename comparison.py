@@ -165,6 +165,7 @@ class Comparison:
         self.features = self._features(test.images)
         self.train_features = self._features(self.train.decoded)
         self.power = metrics.power_spectrum(test.images / np.float32(255))
+        self._image_classifiers: dict[int, keras.Model] = {}  # by the size of the images
         self._measured_codes: dict[tuple[bytes, ...], tuple[np.ndarray, dict[str, np.ndarray]]] = {}
         self.surprise, self.distances = self._measure_codes(test)
 
@@ -262,15 +263,11 @@ class Comparison:
 
     # --------------------------------------------------------------------------------------- measures
 
-    @functools.cached_property
-    def _image_classifier(self) -> keras.Model:
-        size = self.real["test"].images.shape[1]
-        return two_sample.image_classifier(size, seeds.number(self.seed, "classifier of images"))
-
-    @functools.cached_property
-    def _half_size_classifier(self) -> keras.Model:
-        size = half_size(self.real["test"].images[:1]).shape[1]
-        return two_sample.image_classifier(size, seeds.number(self.seed, "classifier of images"))
+    def _image_classifier(self, size: int) -> keras.Model:
+        if size not in self._image_classifiers:
+            seed = seeds.number(self.seed, "classifier of images")
+            self._image_classifiers[size] = two_sample.image_classifier(size, seed)
+        return self._image_classifiers[size]
 
     @functools.cached_property
     def _code_classifier(self) -> keras.Model:
@@ -280,7 +277,8 @@ class Comparison:
 
     def classify_images(self, first: ImageSet, second: ImageSet, trainings: int = 1) -> dict[str, Any]:
         """Measure how well a classifier of images distinguishes two sets; it may be trained several times."""
-        return self._classify(first, second, self._image_classifier, lambda part: [part.images], trainings)
+        classifier = self._image_classifier(first["test"].images.shape[1])
+        return self._classify(first, second, classifier, lambda part: [part.images], trainings)
 
     def classify_against_real(self, images: ImageSet) -> dict[str, Any]:
         """Measure how well a set can be distinguished from the real slices.
@@ -290,15 +288,13 @@ class Comparison:
             - c2st_half_size: The same of images that are shrunk to half their height and width. If it finds less, then
               the finest details differ more than the rest.
         """
+        real, drawn = (
+            {split: replace(part, images=half_size(part.images)) for split, part in compared.items()}
+            for compared in (self.real, images)
+        )
         return {
             "c2st_real": self.classify_images(self.real, images, CLASSIFIER_TRAININGS),
-            "c2st_half_size": self._classify(
-                self.real,
-                images,
-                self._half_size_classifier,
-                lambda part: [half_size(part.images)],
-                CLASSIFIER_TRAININGS,
-            ),
+            "c2st_half_size": self.classify_images(real, drawn, CLASSIFIER_TRAININGS),
         }
 
     def classify_codes(self, first: ImageSet, second: ImageSet) -> dict[str, Any]:

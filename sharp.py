@@ -345,8 +345,8 @@ def cosines(side: int) -> np.ndarray:
 class FrequencyBranch(keras.layers.Layer):
     """Predicts the velocity of each patch of pixels from the frequencies of the patch.
 
-    Late on the way from noise to detail, the noise that is left is fainter than the detail, so it can only be found
-    where the detail has none of a frequency. This is so for slices from JPEG files: most frequencies of their blocks
+    Late on the way from noise to detail, the noise that is left is fainter than the detail. It can be found
+    where the detail has nothing of a frequency. This is so for slices from JPEG files: most frequencies of their blocks
     of 8 × 8 pixels are zero. Convolutions of cells hardly learn this; dense layers for each patch do.
 
     At time t, the frequency k of detail that is mixed with noise has the variance n_k(t)² = t² σ_k² + (1 − t)². What
@@ -359,16 +359,17 @@ class FrequencyBranch(keras.layers.Layer):
     """
 
     def __init__(self, side: int, scales: Sequence[float], **kwargs: Any) -> None:
-        # Not in half precision: it would hide faint noise.
+        # In float32 whatever the policy, because what it looks for is faint; half precision was not tried.
         super().__init__(dtype="float32", autocast=False, **kwargs)
         self.side, self.scales = side, np.asarray(scales, np.float32)
-        names = ("hidden", "context", "second_hidden", "modulation", "second_modulation")
-        self.hidden, self.context, self.second_hidden = (
-            keras.layers.Dense(FREQUENCY_FEATURES, dtype="float32", name=name) for name in names[:3]
-        )
         zeros = {"kernel_initializer": "zeros", "dtype": "float32"}
+        self.hidden, self.context, self.second_hidden = (
+            keras.layers.Dense(FREQUENCY_FEATURES, dtype="float32", name=name)
+            for name in ("hidden", "context", "second_hidden")
+        )
         self.modulation, self.second_modulation = (
-            keras.layers.Dense(2 * FREQUENCY_FEATURES, **zeros, name=name) for name in names[3:]
+            keras.layers.Dense(2 * FREQUENCY_FEATURES, **zeros, name=name)
+            for name in ("modulation", "second_modulation")
         )
         self.norm = keras.layers.RMSNormalization(dtype="float32", name="norm")
         self.out = keras.layers.Dense(side**2, **zeros, name="out")
