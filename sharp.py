@@ -12,13 +12,10 @@ References:
     Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (logit-normal times)
     Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (inputs of unit variance)
     Ahmed et al. 1974, "Discrete Cosine Transform"
-    Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains"
-    Barron et al. 2021, "Mip-NeRF" (what noise leaves of a sine)
     Ronneberger et al. 2015, "U-Net: Convolutional Networks for Biomedical Image Segmentation"
     Vaswani et al. 2017, "Attention Is All You Need" (attention, sines and cosines of the time)
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,14 +33,8 @@ WORKING_SIZE = 96  # Resolution at which the network works, about; each of its c
 TIME_FEATURES = 128  # Number of features that describe the time.
 HEAD_SIZE = 32  # Channels of each attention head.
 PATCH_RESOLUTION = 2  # How often the resolution is halved until each cell covers a patch.
-TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)  # Of the steps from noise to detail, each with two evaluations of the network.
-TRAINING_TIMES = (0.0, 1.0)  # Mean and standard deviation of log(t / (1 - t)) in training.
+NUM_STEPS = 4  # Steps from noise to detail, each with two evaluations of the network.
 FREQUENCY_FEATURES = 512  # Features that describe the frequencies of a patch.
-PERIODS = (*range(3, 33), *range(36, 65, 4))  # Of the sines of each frequency, in grey levels.
-EARLIEST_SINES = 0.3  # Time before which noise is so strong that the sines say nothing.
-# With a `FrequencyBranch`, there is more to learn late.
-TIMES_WITH_FREQUENCIES = (0.0, 0.25, 0.5, 0.75, 0.92, 1.0)
-TRAINING_TIMES_WITH_FREQUENCIES = (0.5, 1.4)
 BRAIN_LEVEL = 0.05  # Grey level above which a pixel of the VQ-VAE's image counts as brain.
 MIN_SCALE = 1e-3  # Smallest standard deviation of a frequency on the [0, 1] scale: that of rounded pixels.
 
@@ -56,8 +47,8 @@ class SharpDecoder(keras.Model):
     image y. The detail d of an image x is what it lacks, d = (x − y) / detail_scale. Along the straight path from noise
     ε to detail, z_t = (1 − t) ε + t d with t from 0 to 1, the network predicts the velocity d − ε from z_t, t and y
     (Lipman et al. 2023, equation 23). To draw, the midpoint method follows the predicted velocity from noise to detail
-    in a few steps, between the `TIMES`: each uses the velocity halfway. Methods that also need the velocity at t = 1,
-    such as Heun's, leave grain: close to it, the network knows little of the noise that is left.
+    in `NUM_STEPS` steps: each uses the velocity halfway. Methods that also need the velocity at t = 1, such as Heun's,
+    leave grain: close to it, the network knows little of the noise that is left.
 
     Args:
         image_size, grids, coding_size, channels, residual_blocks, num_embeddings, embedding_dim: Those of the `VQVAE`.
@@ -101,7 +92,7 @@ class SharpDecoder(keras.Model):
             "detail_scales": scales.tolist(),
         }
         self.image_size, self.grids, self.background_code = image_size, tuple(grids), background_code
-        self.detail_scale = pixel_scale(scales)
+        self.detail_scale = float(np.sqrt(np.mean(scales**2)))  # of the pixels
         self.codebooks, self.decoders = [], []
         for level, prefix in enumerate(model.level_prefixes(len(grids))):
             options = {"trainable": False, "name": f"{prefix}codebook"}
@@ -109,10 +100,8 @@ class SharpDecoder(keras.Model):
             self.decoders.append(model.make_decoder(coding_size or image_size, grids, channels, residual_blocks, level))
             self.decoders[-1].trainable = False
             self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
-        self.velocity = VelocityNetwork(image_size, detail_channels, scales.tolist(), name="velocity")
-        self.times, self.training_times = TIMES, TRAINING_TIMES
-        if self.velocity.frequency_branch:
-            self.times, self.training_times = TIMES_WITH_FREQUENCIES, TRAINING_TIMES_WITH_FREQUENCIES
+        relative_scales = (scales / self.detail_scale).tolist()
+        self.velocity = VelocityNetwork(image_size, detail_channels, relative_scales, name="velocity")
         for codebook in self.codebooks:
             codebook.build(None)
         self.built = True
@@ -171,16 +160,15 @@ class SharpDecoder(keras.Model):
         Returns:
             The same shape, float32 in [0, 1]. Pixels that are far from the brain are black.
         """
-        detail = ops.cast(noise, "float32")
+        detail, step = ops.cast(noise, "float32"), 1 / NUM_STEPS
 
         def velocity(detail: Tensor, time: float) -> Tensor:
             times = ops.full_like(detail[:, 0, 0, 0], time)
             return self.velocity({"detail": detail, "faithful": faithful, "time": times})
 
-        for time, next_time in itertools.pairwise(self.times):
-            step = next_time - time
-            halfway = detail + step / 2 * velocity(detail, time)
-            detail = detail + step * velocity(halfway, time + step / 2)
+        for i in range(NUM_STEPS):
+            halfway = detail + step / 2 * velocity(detail, i * step)
+            detail = detail + step * velocity(halfway, (i + 0.5) * step)
         return near_brain(faithful) * ops.clip(faithful + self.detail_scale * detail, 0, 1)
 
     def get_config(self) -> dict[str, Any]:
@@ -202,11 +190,6 @@ def detail_scales(images: np.ndarray, faithful: np.ndarray) -> list[float]:
     lacking = ops.convert_to_numpy(frequencies(images / np.float32(255) - faithful, side))[inside]
     variances = np.mean(np.square(lacking, dtype=np.float64), axis=0) if len(lacking) else np.zeros(side**2)
     return np.maximum(np.sqrt(variances), MIN_SCALE).tolist()
-
-
-def pixel_scale(scales: Sequence[float] | np.ndarray) -> float:
-    """Return the standard deviation of the pixels of what has frequencies with these standard deviations."""
-    return float(np.sqrt(np.mean(np.square(scales))))
 
 
 def near_brain(faithful: Tensor) -> Tensor:
@@ -236,7 +219,7 @@ class VelocityNetwork(keras.Model):
     Args:
         image_size: Height and width of an image in pixels.
         channels: Number of channels at the finest resolution; the next ones have twice and four times as many.
-        scales: Standard deviations of the frequencies of what the faithful images lack, for a `FrequencyBranch`.
+        scales: Standard deviations of the detail's frequencies, for a `FrequencyBranch`.
     """
 
     def __init__(
@@ -365,32 +348,23 @@ def cosines(side: int) -> np.ndarray:
 class FrequencyBranch(keras.layers.Layer):
     """Predicts the velocity of each patch of pixels from the frequencies of the patch.
 
-    Late on the way from noise to detail, the noise that is left is fainter than the detail. It can be found where the
-    values that a frequency takes are known. Slices from JPEG files are an example: in their blocks of 8 × 8 pixels,
-    each frequency is a multiple of a whole number of grey levels, and most are zero. Convolutions of cells hardly learn
-    this. Two things do: dense layers for each patch, and a weighted sum of sines for each frequency.
+    Late on the way from noise to detail, the noise that is left is fainter than the detail. It can be found
+    where the detail has nothing of a frequency. This is so for slices from JPEG files: most frequencies of their blocks
+    of 8 × 8 pixels are zero. Convolutions of cells hardly learn this; dense layers for each patch do.
 
-    At time t, the frequency k of detail that is mixed with noise has the variance n_k(t)² = t² σ_k² + (1 − t)², if
-    σ_k is relative to the standard deviation s of the pixels. What enters the dense layers is divided by n_k(t), and so
-    is what is predicted: it is small early and large late, as the noise is (compare Karras et al. 2022, section 5).
-
-    The noisy image y + s z_t / t has noise of the standard deviation s (1 − t) / t. If the values that a frequency
-    takes are multiples of p, the best guess of its noise is a periodic function of the noisy frequency. Its first term
-    is a sine of period p. Noise of standard deviation σ leaves exp(−(2π σ / p)² / 2) of a sine on average (Barron et
-    al. 2021). There is a sine for each of the `PERIODS` (compare Tancik et al. 2020). Their weights depend on the time,
-    and the dense layers scale the sum.
+    At time t, the frequency k of detail that is mixed with noise has the variance n_k(t)² = t² σ_k² + (1 − t)². What
+    enters is divided by n_k(t), and so is what the last layer predicts: it is small early and large late, as the noise
+    is (compare Karras et al. 2022, section 5).
 
     Args:
         side: Side of a patch in pixels.
-        scales: Standard deviations of the frequencies of what the faithful images lack, on the [0, 1] scale, side²
-            numbers.
+        scales: σ_k, standard deviations of the detail's frequencies, side² numbers.
     """
 
     def __init__(self, side: int, scales: Sequence[float], **kwargs: Any) -> None:
         # In float32 whatever the policy, because what it looks for is faint; half precision was not tried.
         super().__init__(dtype="float32", autocast=False, **kwargs)
-        self.side, self.pixel_scale = side, pixel_scale(scales)
-        self.scales = np.asarray(scales, np.float32) / self.pixel_scale
+        self.side, self.scales = side, np.asarray(scales, np.float32)
         zeros = {"kernel_initializer": "zeros", "dtype": "float32"}
         self.hidden, self.context, self.second_hidden = (
             keras.layers.Dense(FREQUENCY_FEATURES, dtype="float32", name=name)
@@ -401,8 +375,7 @@ class FrequencyBranch(keras.layers.Layer):
             for name in ("modulation", "second_modulation")
         )
         self.norm = keras.layers.RMSNormalization(dtype="float32", name="norm")
-        self.out, self.gate = (keras.layers.Dense(side**2, **zeros, name=name) for name in ("out", "gate"))
-        self.sine_weights = keras.layers.Dense(side**2 * len(PERIODS), **zeros, name="sine_weights")
+        self.out = keras.layers.Dense(side**2, **zeros, name="out")
 
     def call(self, detail: Tensor, faithful: Tensor, time: Tensor, embedded_time: Tensor, features: Tensor) -> Tensor:
         """Predict the velocity.
@@ -417,36 +390,13 @@ class FrequencyBranch(keras.layers.Layer):
         """
         time = ops.cast(time, "float32")[:, None, None, None]
         deviation = ops.sqrt((time * self.scales) ** 2 + (1 - time) ** 2)
-        detail_frequencies, faithful_frequencies = (frequencies(images, self.side) for images in (detail, faithful))
-        faithful_frequencies = faithful_frequencies / self.pixel_scale
-        known = [detail_frequencies / deviation, faithful_frequencies / self.scales]
+        known = [frequencies(detail, self.side) / deviation, frequencies(faithful, self.side) / self.scales]
         hidden = self.hidden(ops.concatenate(known, axis=-1)) + self.context(ops.cast(features, "float32"))
         hidden = ops.relu(modulate(hidden, self.modulation(embedded_time)))
         hidden = modulate(self.norm(self.second_hidden(hidden)), self.second_modulation(embedded_time))
-        hidden = ops.relu(hidden)
-        sines = self.sum_of_sines(detail_frequencies, faithful_frequencies, time, embedded_time)
-        predicted = (self.out(hidden) + (1 + self.gate(hidden)) * sines) / deviation
+        predicted = self.out(ops.relu(hidden)) / deviation
         height, width = detail.shape[1:3]
         return from_cells(ops.matmul(predicted, cosines(self.side)), self.side)[:, :height, :width]
-
-    def sum_of_sines(self, detail: Tensor, faithful: Tensor, time: Tensor, embedded_time: Tensor) -> Tensor:
-        """Return a weighted sum of sines of each frequency of the noisy image.
-
-        Args:
-            detail, faithful: Frequencies (B, h, w, side²), in units of the standard deviation of the pixels.
-            time: (B, 1, 1, 1).
-            embedded_time: Features of the time, (B, T).
-
-        Returns:
-            (B, h, w, side²) float32.
-        """
-        time = ops.maximum(time, EARLIEST_SINES)
-        wave_numbers = (2 * np.pi * 255 * self.pixel_scale / np.array(PERIODS)).astype(np.float32)
-        deviation = ((1 - time) / time)[..., None]
-        attenuation = ops.exp(-((deviation * wave_numbers) ** 2) / 2)
-        weights = ops.reshape(self.sine_weights(embedded_time), (-1, 1, 1, self.side**2, len(PERIODS)))
-        noisy = (faithful + detail / time)[..., None]
-        return ops.sum(attenuation * weights * ops.sin(noisy * wave_numbers), axis=-1)
 
 
 def modulate(features: Tensor, modulation: Tensor) -> Tensor:
@@ -528,7 +478,7 @@ class DecoderTuning(keras.Model):
 
     The loss is the mean squared error of the predicted velocity at a random time, for random noise, over the pixels
     near the brain. Times are logit-normally distributed: the logistic function of a normally distributed number (Esser
-    et al. 2024, section 3.1); see `TRAINING_TIMES`. Slices are flipped at random, together with their faithful images.
+    et al. 2024, section 3.1). Slices are flipped at random, together with their faithful images.
 
     Args:
         decoder: The sharp decoder.
@@ -557,8 +507,7 @@ class DecoderTuning(keras.Model):
         if training:
             flips = keras.random.uniform((count, 1, 1, 1), seed=self.seed_generator) < 0.5
             images, faithful = (ops.where(flips, ops.flip(batch, axis=2), batch) for batch in (images, faithful))
-        times = keras.random.normal((count, 1, 1, 1), *self.decoder.training_times, seed=self.seed_generator)
-        time = ops.sigmoid(times)
+        time = ops.sigmoid(keras.random.normal((count, 1, 1, 1), seed=self.seed_generator))
         noise = keras.random.normal((count, *images.shape[1:]), seed=self.seed_generator)
         detail = (images - faithful) / self.decoder.detail_scale
         mixed = (1 - time) * noise + time * detail

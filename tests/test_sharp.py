@@ -83,11 +83,9 @@ def test_specks_far_from_the_brain_are_black():
     assert drawn[:, :, 12:20].mean() > 0.1
 
 
-@pytest.mark.parametrize("times", [sharp.TIMES, sharp.TIMES_WITH_FREQUENCIES])
-def test_the_velocity_is_followed_to_its_end(times):
+def test_the_velocity_is_followed_to_its_end():
     """The midpoint method is exact for a velocity that is a linear function of the time."""
     decoder = untrained(test_generator.make((4,)).vqvae, scale=0.1)
-    decoder.times = times
     faithful, noise = np.full((2, 32, 32, 1), 0.5, np.float32), RNG.standard_normal((2, 32, 32, 1), np.float32)
     wanted = RNG.uniform(-1, 1, noise.shape).astype(np.float32)
     decoder.velocity = lambda inputs: (wanted - noise) * 2 * ops.reshape(inputs["time"], (-1, 1, 1, 1))
@@ -239,36 +237,6 @@ def test_frequencies_of_a_patch_tell_the_velocity_of_this_patch_only():
     differs = np.zeros(images.shape, bool)
     differs[0, 4:8, 4:8] = True
     np.testing.assert_array_equal(np.abs(first - second) > 1e-6, differs)
-
-
-def sum_of_sines(period: int, grey_levels: np.ndarray, time: float) -> np.ndarray:
-    """What a branch with sines of one period makes of frequencies (1, h, w, 16), in grey levels."""
-    scales = [0.05] * 16
-    branch, time = sharp.FrequencyBranch(4, scales), np.full((1, 1, 1, 1), time, np.float32)
-    branch.sine_weights.build((1, 8))
-    weights = np.zeros((16, len(sharp.PERIODS)), np.float32)
-    weights[:, sharp.PERIODS.index(period)] = 1
-    branch.sine_weights.bias.assign(weights.ravel())
-    noisy = (grey_levels / 255 / 0.05).astype(np.float32)
-    return ops.convert_to_numpy(branch.sum_of_sines(0.3 * time * noisy, 0.7 * noisy, time, np.zeros((1, 8))))
-
-
-def test_sines_find_the_distance_to_the_next_multiple_of_their_period():
-    """Late, they are sines of the noisy image, which is the faithful one and detail, whatever the share of each."""
-    multiples = 8 * RNG.integers(-20, 20, (1, 2, 2, 16))
-    np.testing.assert_allclose(sum_of_sines(8, multiples, 0.99), 0, atol=1e-3)
-    np.testing.assert_allclose(sum_of_sines(8, multiples + 2, 0.9999), 1, atol=1e-3)
-    np.testing.assert_allclose(sum_of_sines(32, multiples, 0.9999), np.sin(2 * np.pi * multiples / 32), atol=1e-3)
-
-
-def test_sines_are_the_best_guess_of_what_noise_leaves_of_them():
-    """The mean of a sine of something with noise is the sine without noise, times the same factor."""
-    time, values = 0.9, np.full((1, 100, 100, 16), 2.0)
-    noise = 255 * 0.05 * (1 - time) / time * RNG.standard_normal(values.shape)
-    once, twice = sum_of_sines(8, values, time), np.mean(np.sin(2 * np.pi * (values + noise) / 8))
-    np.testing.assert_allclose(once, twice, atol=0.01)
-    assert 0.1 < twice < 0.9
-    assert np.abs(sum_of_sines(64, values + noise, sharp.EARLIEST_SINES)).max() < 0.1
 
 
 def test_a_saved_decoder_decodes_the_same(vqvae, tmp_path):
