@@ -52,7 +52,6 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         super().__init__()
         self.run, self.stage, self.monitor = run, stage, monitor
         self.inputs = run.checksums(made_from) if run else {}
-        self.folder = run.folder / "checkpoint" if run else None
         self.counters: dict[str, Any] = {"epoch": 0, "best": float("inf"), "best_epoch": 0}
         self.best_weights: list[np.ndarray] | None = None
 
@@ -93,7 +92,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
 
     def _paths(self) -> list[Path]:
         """Checkpoints of this stage, the newest last."""
-        return sorted(self.folder.glob(f"{self.stage}_epoch_*.npz")) if self.folder else []
+        return sorted((self.run.folder / "checkpoint").glob(f"{self.stage}_epoch_*.npz")) if self.run else []
 
     def _check(self, network: keras.Model, arrays: dict[str, np.ndarray]) -> None:
         """Raise KeyError or ValueError if the arrays are not this network's."""
@@ -114,13 +113,12 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         if value < self.counters["best"]:
             self.counters |= {"best": value, "best_epoch": epoch + 1}
             self.best_weights = self.model.get_weights()
-        if not self.folder:
+        if not self.run:
             return
         arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in self._state(self.model).items()}
         arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights or [])}
-        assert self.run
         state = [self.counters, self.inputs, self.run.history_checksum(self.stage)]
-        path = self.folder / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
+        path = self.run.folder / "checkpoint" / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
         with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, state=np.array(json.dumps(state)), **arrays)
         for old in self._paths()[:-MAX_CHECKPOINTS]:
@@ -136,7 +134,10 @@ class CSVHistory(keras.callbacks.Callback):
     """
 
     # Columns in this order; with two levels, a level's name precedes some of them, as in top_codebook.
-    ORDER = ("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity", "bits_per_code")
+    ORDER = (
+        *("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity"),
+        *("bits_per_code", "accuracy"),
+    )
 
     def __init__(self, run: Run, stage: str) -> None:
         super().__init__()
@@ -280,11 +281,15 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
         checkpoint: Its best weights are saved in checkpoint/ of the run folder, if there are any.
         learning_rate_option: Name of the constant that sets the learning rate.
         network: A network to put the best weights into.
+        part: The part of it that is saved, or all of it.
     """
 
-    def __init__(self, checkpoint: ResumableCheckpoint, learning_rate_option: str, network: keras.Model) -> None:
+    def __init__(
+        self, checkpoint: ResumableCheckpoint, learning_rate_option: str, network: keras.Model, part: keras.Model
+    ) -> None:
         super().__init__()
-        self.checkpoint, self.learning_rate_option, self.network = checkpoint, learning_rate_option, network
+        self.checkpoint, self.learning_rate_option = checkpoint, learning_rate_option
+        self.network, self.part = network, part
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self.epoch = epoch
@@ -300,10 +305,11 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
         if np.isfinite(loss):
             return
         kept = ""
-        if self.checkpoint.folder and self.checkpoint.best_weights is not None:
-            path = self.checkpoint.folder / f"{self.checkpoint.stage}.keras"
+        run = self.checkpoint.run
+        if run and self.checkpoint.best_weights is not None:
+            path = run.folder / "checkpoint" / f"{self.checkpoint.stage}.keras"
             self.network.set_weights(self.checkpoint.best_weights)
-            saving.save_model(self.network, path)
+            saving.save_model(self.part, path)
             kept = f"; the best model so far, of epoch {self.checkpoint.counters['best_epoch']}, is {path}"
         option, rate = self.learning_rate_option, current_learning_rate(self.model)
         raise RunError(

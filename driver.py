@@ -1,6 +1,6 @@
-"""Learn brain MRI slices and generate new ones: VQ-VAE, PixelCNN prior, samples, metrics and pictures.
+"""Learn brain MRI slices and generate new ones: train all networks, draw samples, measure them and write a report.
 
-    python driver.py                             a few minutes on synthetic slices, to try it out
+    python driver.py                             a small model on synthetic slices, to try it out
     python driver.py --data-dir /path/to/slices  OASIS slices
 
 Everything is written to the run folder. A run that was stopped or killed continues after its last finished epoch or
@@ -17,12 +17,12 @@ class Config:
     """Every constant. Change it here, or on the command line, as in --image-size 128."""
 
     data_dir: Path | None = None  # folder of OASIS PNG slices; None uses synthetic slices (and the preset "synthetic")
-    name: str = "oasis96"  # of the run; a preset sets its own
+    name: str = "oasis96"  # name of the run; a preset sets its own
     synthetic_subjects: int = 64  # number of subjects of the synthetic slices, 16 slices each
     run_dir: Path | None = None  # folder for everything that the run writes; None: runs/ and the name
     cache_dir: Path | None = None  # folder for decoded slices, shared by all runs; None: in the user's cache folder
     start_from: Path | None = None  # folder of a finished run whose networks training begins with; None: from scratch
-    keep: tuple[str, ...] = ()  # networks that are taken from start_from as they are, as in vqvae prior
+    keep: tuple[str, ...] = ()  # networks that are kept as they are in start_from, as in vqvae prior
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
     seed: int = 0  # determines initial weights, shuffling, dropout, samples and the synthetic slices
 
@@ -30,8 +30,8 @@ class Config:
     image_size: int = 96  # height and width in pixels; slices are cropped and then resized to it
     coding_size: int | None = None  # height and width of the images that the VQ-VAE encodes; None: image_size
     grids: tuple[int, ...] = (12,)  # side of each level's code grid, one or two, the coarsest first, as in 32 64
-    channels: int = 64  # of the encoder's first convolution; coarser resolutions have twice as many
-    residual_blocks: int = 2  # at each code grid, in encoder and decoder; half as many at twice its resolution
+    channels: int = 64  # channels of the first convolution; coarser resolutions have twice as many
+    residual_blocks: int = 2  # blocks at each code grid, in encoder and decoder; half as many at twice its resolution
     num_embeddings: int = 512  # K: number of codes in each codebook
     embedding_dim: int = 32  # D: length of a code's vector
     codebook: Literal["ema", "gradient"] = "ema"  # codes follow moving averages, or the codebook loss
@@ -40,13 +40,13 @@ class Config:
     dead_code_threshold: float = 0.1  # fraction of the mean usage below which a code is restarted; 0 never restarts
     background_code: bool = True  # reserve code 0 for cells that show nothing but background
     bottom_dropout: float = 0.25  # with two levels: fraction of training slices decoded from the top level alone
-    mse_weight: float = 1.0  # of the mean squared error, divided by the data's variance, in the reconstruction loss
-    l1_weight: float = 1.0  # of the mean absolute error
-    ssim_weight: float = 1.0  # of 1 − SSIM
+    mse_weight: float = 1.0  # weight of the mean squared error divided by the variance of the data
+    l1_weight: float = 1.0  # weight of the mean absolute error
+    ssim_weight: float = 1.0  # weight of 1 − SSIM
 
     augment: bool = True  # flip, rotate, scale and bend the VQ-VAE's training slices, and change their intensity
-    batch_size: int = 16  # slices per training step, in all stages
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # mixed precision is for GPUs and TPUs
+    batch_size: int = 16  # slices per training step, except for the sharp decoder
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # in training; mixed may be faster
     devices: int = 1  # number of GPUs per process that share each training step's batch; CPUs if there are no GPUs
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT
@@ -59,14 +59,14 @@ class Config:
     prior_filters: int = 128  # channels; with two levels, of the top level's prior
     bottom_prior_filters: int = 64  # channels of the bottom level's prior, which has several times as many codes
     prior_blocks: int = 6  # residual blocks
-    prior_kernel_size: int = 3  # of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
+    prior_kernel_size: int = 3  # side of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
     prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
     bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of the grid
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
-    prior_learning_rate: float = 1e-3  # peak, as above
+    prior_learning_rate: float = 1e-3  # peak, as above; also of the selector
 
     selector_epochs: int = 27  # of the selector, which chooses among proposals of the prior; 0: it is not used
     num_candidates: int = 8  # number of proposals for each generated slice; 1: the selector chooses nothing
@@ -160,10 +160,10 @@ def load_slices(config: Config) -> Slices:
         config.data_dir,
         config.image_size,
         config.seed,
-        config.skip_broken_slices,
-        config.synthetic_subjects,
-        config.crop,
-        config.cache_dir,
+        skip_broken=config.skip_broken_slices,
+        synthetic_subjects=config.synthetic_subjects,
+        crop=config.crop,
+        cache_dir=config.cache_dir,
     )
     if crop := slices["train"].crop:
         print(f"using the central {crop} × {crop} pixels of each slice")
@@ -208,7 +208,7 @@ def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes,
     if not config.decoder_epochs:
         return generator
     stage = stages.decoder_stage(config, slices, codes, generator)
-    decoder = training.train(stage, run, **options.training_settings(config) | {"start_from": None, "keep": ()})
+    decoder = training.train(stage, run, **options.training_settings(config))
     return generator.replace(decoder=decoder) if config.sharp_samples else generator
 
 
@@ -218,15 +218,15 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     Args:
         made_from: Names of what determines the results; see `Run.make`.
     """
-    names, inputs = pictures.of_run(len(config.grids), results.generator.networks), [*made_from]
+    shown, inputs = pictures.of_run(len(config.grids), results.generator.networks), [*made_from]
     run.make(results.samples.files, inputs, results.samples.save)
     run.make(["metrics.json", "test_slices.csv"], inputs, lambda *paths: measure(config, results, *paths))
     run.make("blind_test_key.csv", inputs, lambda path: write_table(path, pictures.blind_test(results)[1]))
     results = replace(results, numbers=run.read_metrics())
     inputs += ["metrics.json"]
-    for picture in names:
+    for picture in shown:
         run.make(f"images/{picture.name}.png", inputs, lambda path, picture=picture: picture.draw(path, results))
-    inputs += [*(f"images/{picture.name}.png" for picture in names), "configuration"]
+    inputs += [*(f"images/{picture.name}.png" for picture in shown), "configuration"]
     constants = options.to_json(config)
     run.make(LAST_RESULT, inputs, lambda path: report.write(path, run.folder.name, constants, results))
     return summarize(config, run)
@@ -242,9 +242,9 @@ def measure(config: Config, results: Results, numbers_path: Path, slices_path: P
 
 
 def summarize(config: Config, run: Run) -> dict[str, Any]:
-    """Print the main findings and where the results are. Returns the metrics."""
+    """Remove the checkpoints, and print the main findings and where the results are. Returns the metrics."""
     remove(run.folder / "checkpoint")
-    numbers, history = run.read_metrics(), run.read_history()
+    numbers, history = run.read_metrics(), run.history
     kind = options.data_note(config) or "real slices"
     print(f"\n{kind}; measured on {numbers['test_slices']} test slices of {numbers['test_subjects']} subjects")
     for finding in report.findings(options.to_json(config), numbers):

@@ -35,11 +35,7 @@ def half(name: str, size: int) -> np.ndarray:
 
 def kept_cells(generator: Generator, kept: np.ndarray) -> list[np.ndarray]:
     """Return which codes belong to pixels that are all kept: (H, W) bool -> (h, w) bool per level."""
-    sides = [len(kept) // grid for grid in generator.vqvae.grids]
-    return [
-        np.all(kept.reshape(grid, side, grid, side), axis=(1, 3))
-        for grid, side in zip(generator.vqvae.grids, sides, strict=True)
-    ]
+    return [np.all(kept.reshape(grid, len(kept) // grid, grid, -1), axis=(1, 3)) for grid in generator.vqvae.grids]
 
 
 def is_exact(generator: Generator, kept: np.ndarray) -> bool:

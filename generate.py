@@ -42,6 +42,7 @@ import pngs
 import saving
 import seeds
 from generator import Generator
+from options import sampling_arguments
 from run import atomic_path, write_json, write_table
 
 ONNX_OPSET = 18
@@ -62,9 +63,7 @@ class Options:
     keep: Literal["left", "right", "top", "bottom"] = "left"  # half of the picture that is kept, with --complete
     reconstruct: Path | None = None  # PNG, or folder of PNGs, to encode and decode
     num_samples: int = 20  # number of slices, or of completions, to draw
-    positions: tuple[
-        int, ...
-    ] = ()  # slice positions to draw, in turn; none: at random. With --complete, that of the PNG
+    positions: tuple[int, ...] = ()  # slice positions, in turn; none: at random, or that of the PNG to complete
     seed: int = 0  # the same seed draws the same slices
     temperature: float = 1.0  # below 1 favours likely codes, above 1 varied ones
     top_k: int = 0  # sample among the k most likely codes only; 0: all
@@ -154,18 +153,13 @@ def check(options: Options) -> None:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def sampling_limits(options: Options) -> dict[str, Any]:
-    """Keyword arguments of `Generator.sample_codes` that say which codes may be sampled."""
-    return {"seed": options.seed, **{name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}}
-
-
 def draw(generator: Generator, options: Options, folder: Path) -> None:
     """Write new slices, and a table of them with the bits that the prior needs for their codes."""
     if options.positions:
         positions = np.resize(np.array(options.positions, np.int32), options.num_samples)
     else:
         positions = seeds.generator(options.seed, "positions").choice(generator.positions, options.num_samples)
-    codes = generator.sample_codes(positions, **sampling_limits(options))
+    codes = generator.sample_codes(positions, **sampling_arguments(options))
     images, bits = generator.draw(codes, options.seed), generator.bits_of_codes(codes, positions)
     names = [f"sample_{i:0{len(str(len(images) - 1))}}_slice_{position}.png" for i, position in enumerate(positions)]
     save(folder, dict(zip(names, images, strict=True)))
@@ -183,7 +177,7 @@ def complete(generator: Generator, options: Options, path: Path, folder: Path) -
         )
     image = dataset.to_float(pngs.decode(path, generator.vqvae.image_size, generator.crop).grey[..., None])
     kept = editing.half(options.keep, generator.vqvae.image_size)
-    images = editing.complete(generator, image, kept, position, options.num_samples, **sampling_limits(options))
+    images = editing.complete(generator, image, kept, position, options.num_samples, **sampling_arguments(options))
     save(folder, {"original.png": image, **{f"completion_{i:03d}.png": drawn for i, drawn in enumerate(images)}})
 
 
@@ -249,7 +243,8 @@ def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
             if network is generator.decoder:
                 for part in (*generator.decoder.codebooks, *generator.decoder.decoders):
                     part.set_weights([np.zeros_like(weights) for weights in part.get_weights()])
-            save_compressed(network, unfinished / f"{name}.keras")
+            # A fifth smaller than deflate.
+            saving.save_model(network, unfinished / f"{name}.keras", zipfile.ZIP_LZMA)
         write_json(unfinished / "config.json", config)
         table = run_dir / "test_slices.csv"
         if table.is_file():
@@ -266,16 +261,6 @@ def rounded(weights: np.ndarray) -> np.ndarray:
     dropped = 23 - MANTISSA_BITS
     bits = weights.view(np.uint32).astype(np.uint64) + (1 << (dropped - 1))
     return (bits >> dropped << dropped).astype(np.uint32).view(np.float32)
-
-
-def save_compressed(network: keras.Model, path: Path) -> None:
-    """Save a network as `saving.save_model` does, but compressed; Keras reads both."""
-    saving.save_model(network, path)
-    with zipfile.ZipFile(path) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in parts.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_LZMA)  # A fifth smaller than deflate.
 
 
 def exported_files(path: Path) -> tuple[Path, Path]:

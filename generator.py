@@ -101,7 +101,7 @@ class Generator:
         return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder, selector, candidates)
 
     def replace(self, **parts: Any) -> "Generator":
-        """Return a copy of which some parts, named as the arguments of the constructor, are replaced."""
+        """Return a copy of which some attributes are replaced. Call `compiled` last: it compiles the networks."""
         other = copy.copy(self)
         vars(other).update(parts)
         return other
@@ -399,7 +399,7 @@ class Generator:
         """Apply a function to the logits (B, h, w, K) and the codes (B, h, w) of each batch of each level.
 
         Returns:
-            For each level, the tensors (N,) that the function returns.
+            For each level, the tensors (N, …) that the function returns.
         """
         found = []
         for level, prior in enumerate(self.priors):

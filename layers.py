@@ -120,8 +120,8 @@ def position_features(positions: Tensor) -> Tensor:
     Neighbouring slices have similar features, and positions that are rare in the training data need no embedding of
     their own.
     """
-    wavelengths = 2 * np.pi * 2.0 ** np.arange(1, 7)  # 12 to 402 slices
-    angles = ops.cast(positions, "float32")[:, None] * (2 * np.pi / wavelengths).astype(np.float32)
+    frequencies = 0.5 ** np.arange(1, 7, dtype=np.float32)  # Wavelengths of 12 to 402 slices.
+    angles = ops.cast(positions, "float32")[:, None] * frequencies
     return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""The two networks: a VQ-VAE that encodes slices as grids of code indices, and a PixelCNN prior over these grids.
+"""The VQ-VAE, which encodes slices as grids of code indices, and the PixelCNN, the prior over these grids.
 
 References:
     van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE)
@@ -206,13 +206,13 @@ class VQVAE(keras.Model):
                 VectorQuantizer(
                     num_embeddings,
                     embedding_dim,
-                    commitment_weight,
-                    codebook,
-                    ema_decay,
-                    dead_code_threshold,
-                    seeds.number(seed, "dead codes", level),
-                    prefix,
-                    background_threshold is not None,
+                    commitment_weight=commitment_weight,
+                    codebook=codebook,
+                    decay=ema_decay,
+                    dead_code_threshold=dead_code_threshold,
+                    seed=seeds.number(seed, "dead codes", level),
+                    prefix=prefix,
+                    background_code=background_threshold is not None,
                     name=f"{prefix}quantizer",
                 )
             )

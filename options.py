@@ -239,10 +239,8 @@ def run_folder(config: Any) -> Path:
 
 def training_settings(config: Any) -> dict[str, Any]:
     """Keyword arguments of `training.train` that all stages share."""
-    names = {"num_devices": "devices"} | {
-        name: name for name in ("seed", "precision", "start_from", "keep", "previews")
-    }
-    return {argument: getattr(config, name) for argument, name in names.items()}
+    names = ("seed", "precision", "start_from", "keep", "previews")
+    return {"num_devices": config.devices, **{name: getattr(config, name) for name in names}}
 
 
 def sampling_arguments(config: Any) -> dict[str, Any]:
@@ -285,34 +283,25 @@ def check(config: Any) -> None:
     for name, kind in typing.get_type_hints(type(config)).items():
         if not _has_type(getattr(config, name), kind):
             raise ConfigError(f"{name} is {getattr(config, name)}: must be {_describe_type(kind)}")
-    positive: tuple[str, ...] = (
-        "image_size",
-        "channels",
-        "num_embeddings",
-        "embedding_dim",
-        "batch_size",
-        "decoder_batch_size",
-        "vqvae_epochs",
-    )
-    positive += ("prior_blocks", "prior_epochs")
-    positive += ("num_candidates", "num_samples", "measured_slices", "devices", "num_processes")
-    for name in positive:
+    for name in (
+        *("channels", "embedding_dim", "batch_size", "decoder_batch_size", "vqvae_epochs", "prior_blocks"),
+        *("prior_epochs", "num_candidates", "num_samples", "measured_slices", "devices", "num_processes"),
+    ):
         require(name, lambda v: v >= 1, "at least 1")
-    for name in ("prior_filters", "bottom_prior_filters", "decoder_channels"):
+    for name in ("num_embeddings", "prior_filters", "bottom_prior_filters", "decoder_channels"):
         require(name, lambda v: v >= 2, "at least 2")
     for name in ("vqvae_learning_rate", "prior_learning_rate", "decoder_learning_rate", "temperature"):
         require(name, lambda v: 0 < v < float("inf"), "a positive number")
     for name in ("commitment_weight", "mse_weight", "l1_weight", "ssim_weight"):
         require(name, lambda v: 0 <= v < float("inf"), "0 or a positive number")
-    for name in ("seed", "residual_blocks", "selector_epochs", "decoder_epochs", "top_k", "process_index", "previews"):
+    for name in ("residual_blocks", "selector_epochs", "decoder_epochs", "top_k", "process_index", "previews"):
         require(name, lambda v: v >= 0, "0 or more")
+    require("seed", lambda v: 0 <= v < 2**32, "0 to 4294967295")
     require("crop", lambda v: v in (None, 0) or 16 <= v <= pngs.MAX_SIDE, f"None, 0, or 16 to {pngs.MAX_SIDE} pixels")
     for name in ("prior_attention", "bottom_prior_attention"):
         require(name, lambda v: 0 <= v <= config.prior_blocks, f"0 to prior_blocks, {config.prior_blocks}")
-    require("seed", lambda v: v < 2**32, "below 4294967296")
     for name in ("ema_decay", "dead_code_threshold", "bottom_dropout", "prior_dropout"):
         require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
-    require("num_embeddings", lambda v: v >= 2, "at least 2")
     require("synthetic_subjects", lambda v: v >= 3, "at least 3, one for each split")
     require("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
     require("image_size", lambda v: v >= 16, "at least 16 (the SSIM window is 11 pixels wide)")
@@ -322,7 +311,7 @@ def check(config: Any) -> None:
         raise ConfigError("mse_weight, l1_weight and ssim_weight are 0: at least one of them must be positive")
     if config.crop and not config.data_dir:
         raise ConfigError(
-            f"crop is {config.crop}: synthetic slices are drawn at image_size; set data_dir, or crop to 0"
+            f"crop is {config.crop}: synthetic slices are drawn at image_size; set data_dir, or set crop to 0"
         )
     if config.sample_positions and not config.prior_uses_position:
         raise ConfigError("sample_positions is set: also set prior_uses_position, or the prior ignores it")
@@ -344,6 +333,8 @@ def _check_kept(config: Any) -> None:
         raise ConfigError(f"keep is {' '.join(config.keep)}: also set start_from, the folder of these networks")
     if config.keep and "vqvae" not in config.keep:
         raise ConfigError(f"keep is {' '.join(config.keep)}: also keep vqvae, because priors belong to its codes")
+    if "selector" in config.keep and not {*model.prior_names(num_levels)} <= {*config.keep}:
+        raise ConfigError(f"keep is {' '.join(config.keep)}: also keep the priors, whose proposals the selector judges")
 
 
 def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool], str], None]) -> None:

@@ -22,11 +22,11 @@ import tyro
 from PIL import Image
 
 import naming
+import pngs
 import seeds
 
 NUM_SUBJECTS = 64
 NUM_POSITIONS = 16
-MAX_IMAGE_SIZE = 4096  # Pixels; dataset.py refuses larger PNGs.
 
 CSF, GREY, WHITE = 0.10, 0.52, 0.86  # Intensities of cerebrospinal fluid, grey matter and white matter.
 NUM_WAVES = 64  # Plane waves in the noise that folds the cortex.
@@ -190,7 +190,7 @@ def write_pngs(
     """
     _check_range("num_subjects", num_subjects, 3)  # One for each split.
     _check_range("num_positions", num_positions, 1)
-    _check_range("image_size", image_size, 1, MAX_IMAGE_SIZE)
+    _check_range("image_size", image_size, 1, pngs.MAX_SIDE)
     _check_range("seed", seed, 0)
     count = max(1, round(0.1 * num_subjects))  # Of the test split, and of the validation split.
     splits = ["train"] * (num_subjects - 2 * count) + ["validate"] * count + ["test"] * count

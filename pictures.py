@@ -114,7 +114,8 @@ def _draw_nearest_training_slices(path: Path, results: Results) -> None:
     labels = [f"slice {compared.positions[row['index']]}, RMSE {row['distance']:.3f}" for row in rows]
     images = compared.images[[row["index"] for row in rows]]
     nearest = to_float(results.slices["train"].images[[row["train_index"] for row in rows]])
-    plots.nearest_training_slices(path, images, nearest, labels, results.note)
+    title = "Generated slices closest to a training slice, and that slice"
+    plots.comparison(path, {"generated": images, "training slice": nearest}, labels, title, results.note)
 
 
 def _draw_codebook(path: Path, results: Results) -> None:
@@ -132,7 +133,10 @@ def _draw_levels(path: Path, results: Results) -> None:
     index, originals, labels = _shown(results)
     names = results.generator.level_names
     single = [_decode_single_level(results.generator, results.codes["test"], i, index) for i in range(len(names))]
-    plots.levels(path, originals, results.reconstructions["test"][index], single, names, labels, results.note)
+    sets = {"original": originals, "all codes": results.reconstructions["test"][index]}
+    sets |= {f"only {name} codes": images for name, images in zip(names, single, strict=True)}
+    title = "What each level contains (the codes of the other level are replaced by their mean vector)"
+    plots.comparison(path, sets, labels, title, results.note)
 
 
 def _decode_single_level(generator: Generator, codes: list[np.ndarray], level: int, index: np.ndarray) -> np.ndarray:
@@ -154,8 +158,8 @@ def _decode_single_level(generator: Generator, codes: list[np.ndarray], level: i
     decoded = keras.ops.convert_to_numpy(generator.vqvae.decode(quantized))
     if not generator.background_code:
         return decoded
-    side = decoded.shape[1] // codes[-1].shape[1]  # The decoder is not trained on cells of the background.
-    return np.where(np.kron(codes[-1][index] == 0, np.ones((1, side, side), bool))[..., None], 0, decoded)
+    # The decoder is not trained on cells of the background.
+    return keras.ops.convert_to_numpy(model.blacken(decoded, codes[-1][index] == 0))
 
 
 def _draw_code_usage(path: Path, results: Results) -> None:
@@ -169,7 +173,7 @@ def _codes_in_use(generator: Generator) -> int:
 
 
 def _draw_ssim(path: Path, results: Results) -> None:
-    plots.ssim(path, _history(results, "vqvae"), results.note)
+    plots.metric(path, _history(results, "vqvae"), "ssim", "SSIM of reconstructions, whole image", "SSIM", results.note)
 
 
 def _draw_vqvae_loss(path: Path, results: Results) -> None:
@@ -178,7 +182,7 @@ def _draw_vqvae_loss(path: Path, results: Results) -> None:
 
 def _draw_decoder_loss(path: Path, results: Results) -> None:
     history = _history(results, "decoder")
-    plots.loss(path, history, "Sharp decoder", "squared error of the velocity", results.note)
+    plots.metric(path, history, "loss", "Sharp decoder", "squared error of the velocity", results.note)
 
 
 def _draw_sharp_reconstructions(path: Path, results: Results) -> None:
@@ -239,7 +243,7 @@ def _draw_blind_test(path: Path, results: Results) -> None:
 
 
 def _draw_selector_loss(path: Path, results: Results) -> None:
-    plots.loss(path, _history(results, "selector"), "Selector", "logistic loss", results.note)
+    plots.metric(path, _history(results, "selector"), "loss", "Selector", "logistic loss", results.note)
 
 
 def _draw_prior_loss(path: Path, results: Results) -> None:
@@ -302,7 +306,8 @@ PICTURES = (
         "nearest_training_slices",
         _draw_nearest_training_slices,
         "The ten generated slices that are closest to a training slice, above that slice, with their root mean square "
-        "error (RMSE). If the model copied its training data, the two rows would be identical.",
+        "error (RMSE). If the model copied its training data, the two rows would agree in all "
+        "large structures.",
     ),
     Picture(
         "codebook",

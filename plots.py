@@ -30,15 +30,6 @@ def vqvae_loss(path: Path, history: History, levels: Sequence[str] = ("",), note
     _save(figure, path)
 
 
-def ssim(path: Path, history: History, note: str = "") -> None:
-    """Draw the SSIM of reconstructions by epoch, over the whole images that the VQ-VAE is trained on."""
-    figure = _figure(5.5, 3.6, "SSIM of reconstructions, whole image", note)
-    axes = figure.subplots()
-    _curves(axes, history, "ssim")
-    axes.set(xlabel="epoch", ylabel="SSIM")
-    _save(figure, path)
-
-
 def code_usage(path: Path, history: History, levels: Sequence[str], num_embeddings: int, note: str = "") -> None:
     """Draw the fraction of codes used and the perplexity by epoch."""
     figure = _figure(9, 3.4, f"Use of the codebook ({num_embeddings} codes)", note)
@@ -69,11 +60,11 @@ def prior_loss(path: Path, histories: dict[str, History], num_embeddings: int, n
     _save(figure, path)
 
 
-def loss(path: Path, history: History, title: str, label: str, note: str = "") -> None:
-    """Draw a loss by epoch; `label` says what it is."""
+def metric(path: Path, history: History, name: str, title: str, label: str, note: str = "") -> None:
+    """Draw a metric, such as "loss", by epoch for the training and validation splits; `label` says what it is."""
     figure = _figure(5.5, 3.6, title, note)
     axes = figure.subplots()
-    _curves(axes, history, "loss")
+    _curves(axes, history, name)
     axes.set(xlabel="epoch", ylabel=label)
     _save(figure, path)
 
@@ -260,18 +251,6 @@ def samples_by_position(
     _save(figure, path)
 
 
-def nearest_training_slices(
-    path: Path, images: np.ndarray, nearest: np.ndarray, labels: Sequence[str], note: str = ""
-) -> None:
-    """Draw samples above the training slices nearest to them; both (N, H, W, 1) in [0, 1], N labels."""
-    title = "Generated slices closest to a training slice, and that slice"
-    figure, columns, _ = _columns(len(images), ("generated", "training slice"), title, note)
-    for i, (above, below) in enumerate(columns):
-        _image(above, images[i], title=labels[i])
-        _image(below, nearest[i])
-    _save(figure, path)
-
-
 def codebook(
     path: Path,
     codes: Sequence[np.ndarray],
@@ -362,33 +341,6 @@ def _code_colours(embeddings: np.ndarray) -> np.ndarray:
     components = np.linalg.svd(centred, full_matrices=False)[2][:3]
     ranks = (centred @ components.T).argsort(axis=0).argsort(axis=0) / max(len(embeddings) - 1, 1)
     return np.pad(ranks, ((0, 0), (0, 3 - ranks.shape[1])), constant_values=0.5)
-
-
-def levels(
-    path: Path,
-    originals: np.ndarray,
-    decoded: np.ndarray,
-    single: Sequence[np.ndarray],
-    levels: Sequence[str],
-    labels: Sequence[str],
-    note: str = "",
-) -> None:
-    """Draw what each level of codes contains: slices, reconstructions, and images decoded from a single level.
-
-    Args:
-        originals: (N, H, W, 1) in [0, 1].
-        decoded: (N, H, W, 1) in [0, 1], decoded from all levels.
-        single: (N, H, W, 1) in [0, 1] for each level, decoded from that level's codes only.
-        levels: Names of the levels.
-        labels: N labels of the columns.
-    """
-    rows = ("original", "all codes", *[f"only {level} codes" for level in levels])
-    title = "What each level contains (the codes of the other level are replaced by their mean vector)"
-    figure, columns, _ = _columns(len(originals), rows, title, note)
-    for i, column in enumerate(columns):
-        for axes, images in zip(column, (originals, decoded, *single), strict=True):
-            _image(axes, images[i], title=labels[i] if axes is column[0] else "")
-    _save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------- helpers

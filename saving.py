@@ -9,8 +9,13 @@ import keras
 from run import RunError, atomic_path
 
 
-def save_model(network: keras.Model, path: Path) -> None:
+def save_model(network: keras.Model, path: Path, compression: int = zipfile.ZIP_STORED) -> None:
     """Save a network as a .keras file that depends on the network only: the date that Keras adds is removed.
+
+    Args:
+        network: The network.
+        path: The file.
+        compression: That of the archive, a constant of `zipfile`. Keras reads each of them.
 
     Raises:
         RunError: The file cannot be written.
@@ -24,7 +29,7 @@ def save_model(network: keras.Model, path: Path) -> None:
         parts["metadata.json"] = json.dumps(metadata).encode()
         with zipfile.ZipFile(unfinished, "w") as archive:
             for name, content in parts.items():
-                archive.writestr(zipfile.ZipInfo(name), content)
+                archive.writestr(zipfile.ZipInfo(name), content, compression)
 
 
 def load_weights(network: keras.Model, path: Path) -> None:
@@ -46,7 +51,7 @@ def load_model(path: Path, network_class: type[keras.Model]) -> keras.Model:
 
     Args:
         path: A file that `save_model` has written.
-        network_class: `model.VQVAE` or `model.PixelCNN`.
+        network_class: Class of the network, such as `model.VQVAE`.
 
     Raises:
         RunError: The file is missing, damaged, or contains a different network.

@@ -158,8 +158,8 @@ class Selector(keras.Model):
 class GridClassifier(keras.layers.Layer):
     """Classifies grids of vectors as a whole.
 
-    Convolutions of stride 2 halve the grid until at most `COARSEST` cells per side remain. A dense layer sees all of
-    them at once. Its output is scaled by features of the slice.
+    Convolutions of stride 2 halve the grid, at least once, until at most `COARSEST` cells per side remain. A dense
+    layer sees all of them at once. Its output is scaled by features of the slice.
 
     Args:
         filters: Number of channels of the convolutions.

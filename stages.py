@@ -228,15 +228,15 @@ def selector_stage(config: Any, slices: Slices, codes: Codes, generator: Generat
         order = seeds.number(config.seed, "selector")
         return dataset.input_batches(drawn(epoch % NUM_PROPOSED), "is_real", 2 * config.batch_size, order, epoch, shard)
 
-    def validation() -> Any:
-        judged = inputs(codes["validate"], validate, None, "validation of the selector")
-        return dataset.input_batches(judged, "is_real", 2 * config.batch_size, shard=shard)
+    @functools.cache
+    def judged() -> dict[str, np.ndarray]:
+        return inputs(codes["validate"], validate, None, "validation of the selector")
 
     return Stage(
         name="selector",
         make=lambda: make_selector(config, generator.vqvae),
         batches=batches,
-        validation=validation,
+        validation=lambda: dataset.input_batches(judged(), "is_real", 2 * config.batch_size, shard=shard),
         steps=dataset.steps_per_epoch(2 * len(train), 2 * config.batch_size),
         monitor="val_loss",
         epochs=config.selector_epochs,

@@ -212,7 +212,7 @@ def _callbacks(
             writing.append(Previews(stage.preview, network, stage.epochs, previews, folder, logs))
     return [
         ReseedEachEpoch(seed),
-        TerminateOnNonFinite(checkpoint, stage.learning_rate_option, network),
+        TerminateOnNonFinite(checkpoint, stage.learning_rate_option, network, stage.part(network)),
         EpochSummary(stage.epochs, stage.shown),
         *writing,
         checkpoint,

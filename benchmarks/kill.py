@@ -3,7 +3,7 @@
     python -m benchmarks.kill --kills 20
 
 The runs are small and use synthetic slices. Each driver is a process that gets SIGKILL after a random time, whatever it
-is doing: starting, training either stage, sampling, measuring, drawing or writing. A complete run is compared byte by
+is doing: starting, training a network, sampling, measuring, drawing or writing. A complete run is compared byte by
 byte with the uninterrupted one, and the next run begins. Prints how many kills hit which step, then its numbers as
 JSON. The exit status is 1 if any byte differs.
 """

@@ -1,5 +1,7 @@
 """What callbacks do while a network is trained. Checkpoints are tested with training."""
 
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -51,6 +53,38 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_best_model(tmp_p
     saving.load_weights(kept, tmp_path / "checkpoint" / "net.keras")
     assert np.array_equal(kept.get_weights()[0], arrays["best_000"])
     assert len(history(tmp_path)) == 2
+
+
+def test_the_best_model_is_the_part_that_is_used_if_the_loss_is_not_finite(tmp_path, monkeypatch):
+    parts = {}
+
+    def part(network: keras.Model) -> keras.Model:
+        """The network's dense layer in a network of its own, the same one each time."""
+        if id(network) not in parts:
+            parts[id(network)] = network, keras.Sequential([keras.Input((4,)), network.get_layer("dense")])
+        return parts[id(network)][1]
+
+    with pytest.raises(console.Stopped):
+        train(tmp_path, monkeypatch, 2, part=part)
+    with np.load(newest(tmp_path)) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["weights_000"][:] = np.inf
+    np.savez(newest(tmp_path), **arrays)
+    assert "the best model so far" in refused(lambda: train(tmp_path, monkeypatch, part=part))
+    kept = part(make())
+    saving.load_weights(kept, tmp_path / "checkpoint" / "net.keras")
+    assert np.array_equal(kept.get_weights()[0], arrays["best_000"])
+
+
+def test_the_accuracy_of_the_selector_is_in_the_history():
+    rows = []
+    callback = callbacks.CSVHistory(SimpleNamespace(add_epoch=rows.append), "selector")
+    network = make()
+    network.compile("sgd")
+    callback.set_model(network)
+    callback.on_epoch_end(0, {"loss": 0.4, "accuracy": 0.8, "val_loss": 0.5, "val_accuracy": 0.7})
+    assert rows[0]["accuracy"] == 0.8
+    assert rows[0]["val_accuracy"] == 0.7
 
 
 def test_one_short_line_is_printed_per_epoch(tmp_path, monkeypatch, capsys):

@@ -227,11 +227,12 @@ def test_the_blind_test_has_as_many_of_each_kind_and_no_slice_twice(monkeypatch,
 
 def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "nearest_training_slices", lambda path, *arrays: drawn.append(arrays))
+    monkeypatch.setattr(plots, "comparison", lambda path, *arguments: drawn.append(arguments))
     results = make_results(1)
     picture = next(picture for picture in pictures.PICTURES if picture.name == "nearest_training_slices")
     picture.draw(tmp_path / "x.png", results)
-    images, nearest, labels, _ = drawn[0]
+    sets, labels, *_ = drawn[0]
+    images, nearest = sets.values()
     assert np.array_equal(images, results.compared_samples["test"].images[[2]])
     assert np.array_equal(nearest, results.slices["train"].images[[5]] / np.float32(255))
     assert labels == ["slice 2, RMSE 0.100"]

@@ -105,6 +105,13 @@ def test_good_samples_have_good_findings():
     assert "720 bits per image" in findings["Reconstruction"].summary
 
 
+def test_variety_is_compared_with_reconstructions_by_the_decoder_of_the_samples():
+    references = NUMBERS["references"] | {"sharp_reconstructions": {**SET, "ms_ssim_of_pairs": 0.7}}
+    finding = findings_by_title({**NUMBERS, "references": references})["Samples: variety"]
+    assert "less varied than" in finding.summary
+    assert mentioned(finding.bad, "0.700")
+
+
 @pytest.mark.parametrize(
     ("samples", "title", "words"),
     [

@@ -173,8 +173,9 @@ def test_the_selector_is_judged_on_unseen_slices_and_they_are_sampled_only_if_it
     generator = with_priors.replace(propose_codes=unittest.mock.Mock(wraps=with_priors.propose_codes))
     stage = stages.selector_stage(config, slices, codes, generator)
     generator.propose_codes.assert_not_called()
-    ((inputs, is_real),) = stage.validation()
+    ((inputs, is_real),), ((again, _),) = stage.validation(), stage.validation()
     generator.propose_codes.assert_called_once()
+    assert all(np.array_equal(inputs[name], again[name]) for name in inputs)
     for level, own in enumerate(codes["validate"]):
         assert np.array_equal(inputs[f"codes_{level}"][is_real == 1], own)
 
