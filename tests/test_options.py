@@ -141,7 +141,7 @@ LARGE = {"image_size": 256, "prior_blocks": 6, "batch_size": 16}
         ({"prior_kernel_size": 4}, "prior_kernel_size is 4: must be odd"),
         ({"temperature": 0.0}, "temperature is 0.0: must be a positive number"),
         ({"top_p": 0.0}, "top_p is 0.0: must be above 0"),
-        ({"seed": -1}, "seed is -1: must be 0 or more"),
+        ({"seed": -1}, "seed is -1: must be 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296: must be 0 to 4294967295"),
         ({"devices": 0}, "devices is 0: must be at least 1"),
         ({"coordinator": "node"}, "coordinator is node: must be HOST:PORT"),

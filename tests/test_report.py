@@ -18,7 +18,18 @@ import report
 import two_sample
 from tests import test_comparison
 
-CONSTANTS = {"image_size": 96, "grids": [12], "num_embeddings": 512, "prior": "gated", "data_dir": "/data/<oasis>"}
+CONSTANTS = {
+    "image_size": 96,
+    "coding_size": None,
+    "grids": [12],
+    "num_embeddings": 512,
+    "prior": "gated",
+    "selector_epochs": 0,
+    "num_candidates": 1,
+    "decoder_epochs": 0,
+    "sharp_samples": True,
+    "data_dir": "/data/<oasis>",
+}
 HISTORY = [{"stage": stage, "epoch": 1, "loss": 1.0, "val_loss": 1.0} for stage in ("vqvae", "prior", "critic")]
 UNDEFINED = {"accuracy": None, "accuracy_interval": [None, None]}
 
