@@ -10,11 +10,10 @@ Both are Keras models that train with the stock `fit` on any backend. After `imp
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 import seeds
@@ -486,7 +485,6 @@ class PixelCNN(keras.Model):
     """
 
     FIRST_KERNEL = 7  # kernel size of the first convolution
-    TEMPERATURES = np.arange(16, 41) / 20  # 0.8 to 2.0; see `calibrate`.
 
     def __init__(
         self,
@@ -591,28 +589,6 @@ class PixelCNN(keras.Model):
         if self.coarse_network is None:
             return condition
         return condition + self.coarse_network(inputs["coarse"])
-
-    def calibrate(self, batches: Iterable[tuple[Mapping[str, Tensor], Tensor]]) -> float:
-        """Divide the logits by the temperature with the lowest cross-entropy on grids of unseen subjects.
-
-        A model that has memorised some of its training subjects is too sure of its predictions for others (temperature
-        scaling, Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2).
-
-        Args:
-            batches: Inputs of `call`, and code indices (B, h, w).
-
-        Returns:
-            The temperature, one of `TEMPERATURES`.
-        """
-        nats = np.zeros(len(self.TEMPERATURES))
-        for inputs, codes in batches:
-            logits = self(inputs)
-            for i, temperature in enumerate(self.TEMPERATURES):
-                losses = ops.sparse_categorical_crossentropy(codes, logits / float(temperature), from_logits=True)
-                nats[i] += float(ops.convert_to_numpy(ops.sum(losses)))
-        best = float(self.TEMPERATURES[nats.argmin()])
-        self.logits.set_weights([weights / np.float32(best) for weights in self.logits.get_weights()])
-        return best
 
     def compute_loss(
         self,

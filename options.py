@@ -146,8 +146,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "image_size": 256,
             "grids": (32,),
-            "vqvae_epochs": 6,
-            "prior_epochs": 5,
+            "vqvae_epochs": 8,
+            "prior_epochs": 10,
             **_EARLIER_WORK,
             "mse_weight": 0.0,
             "ssim_weight": 1.0,

@@ -163,10 +163,6 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
     def preview(network: keras.Model) -> np.ndarray:
         return preview_of_prior(config, slices, generator.replace(priors=[*generator.priors, network]))
 
-    def calibrate(network: model.PixelCNN) -> None:
-        batches = dataset.input_batches(validation, "codes", config.batch_size)  # The whole split in each process.
-        print(f"temperature that suits the validation split best: {network.calibrate(batches):.2f}")
-
     validation = inputs(codes["validate"], slices["validate"].positions)
     return Stage(
         name=names[level],
@@ -177,7 +173,6 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
         monitor="val_loss",
         epochs=critic_epochs(config) if critic else config.prior_epochs,
         learning_rate=config.prior_learning_rate,
-        finish=calibrate,
         made_from=("slices", "vqvae.keras"),
         preview=None if critic or level < num_levels - 1 else preview,
         shown=("bits_per_code",),

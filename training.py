@@ -42,7 +42,6 @@ class Stage:
         monitor: Name of the validation metric that decides which epoch is best; lower is better.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
-        finish: Changes the trained network before it is saved.
         part: Returns the part of the network that is saved and used; the rest is needed in training only.
         made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
         preview: Draws a small sheet of images, (H, W) in [0, 1], with a network that is not trained to the end yet.
@@ -58,7 +57,6 @@ class Stage:
     monitor: str
     epochs: int
     learning_rate: float
-    finish: Callable[[keras.Model], None] = lambda network: None
     part: Callable[[keras.Model], keras.Model] = lambda network: network
     made_from: Sequence[str] = ("slices",)
     preview: Callable[[keras.Model], np.ndarray] | None = None
@@ -126,7 +124,6 @@ def train(
             fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint, previews))
     network.set_weights(checkpoint.best_weights)
     print(f"best epoch: {checkpoint.counters['best_epoch']}")
-    stage.finish(network)
     return _save(kept, stage, run, made_from)
 
 

@@ -7,7 +7,6 @@ from skimage.metrics import structural_similarity
 import augmentation
 import masked
 import model
-import sampling
 from layers import resize
 from tests.randomness import RNG
 from training import dtype_policy
@@ -519,16 +518,3 @@ def test_bottom_prior_uses_the_top_codes(gated):
     own, others = (prior.evaluate(x, codes, verbose=0, return_dict=True)["loss"] for x in (inputs, of_others))
     assert own < 1.3 * np.log(2)  # given its top code, a code has two equally likely values
     assert others > own + 0.5
-
-
-@pytest.mark.parametrize("temperature", [0.9, 1.5])
-def test_calibration_finds_the_temperature_of_codes(temperature):
-    prior, positions = small_prior(True, grid=(4, 4)), np.zeros(400, np.int32)
-    uniforms = RNG.random((400, 16), np.float32)
-    codes = sampling.sample_codes(prior, {"positions": positions}, uniforms, temperature)
-    inputs = {"codes": codes, "positions": positions}
-    before = keras.ops.convert_to_numpy(prior(inputs))
-    assert prior.calibrate([(inputs, codes)]) == pytest.approx(temperature, abs=0.1)
-    after = keras.ops.convert_to_numpy(prior(inputs))
-    assert np.allclose(after, before / temperature, rtol=0.12, atol=1e-5)
-    assert prior.calibrate([(inputs, codes)]) == 1

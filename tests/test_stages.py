@@ -110,18 +110,6 @@ def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(
         assert np.array_equal(targets, codes["validate"][level])
 
 
-def test_priors_are_calibrated_on_the_validation_split(encoded):
-    config, slices, encoder, codes = encoded
-    for stage in prior_stages(config, slices, codes, encoder):
-        prior = stage.make()
-        random = np.random.default_rng(0)
-        prior.logits.set_weights([random.normal(0, 3, weights.shape) for weights in prior.logits.get_weights()])
-        prior.compile()
-        before = prior.evaluate(stage.validation(), verbose=0, return_dict=True)["loss"]
-        stage.finish(prior)
-        assert prior.evaluate(stage.validation(), verbose=0, return_dict=True)["loss"] < 0.9 * before
-
-
 @pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (2, 1), (5, 2), (8, 4)])
 def test_critics_are_trained_for_half_of_the_epochs(encoded, epochs, expected):
     config = dataclasses.replace(encoded[0], prior_epochs=epochs)

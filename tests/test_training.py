@@ -333,19 +333,6 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path, monkeypatch):
     assert loss == pytest.approx(best["val_loss"], rel=1e-5)
 
 
-def test_a_stage_changes_the_best_network_before_it_is_saved(tmp_path, monkeypatch):
-    def finish(network: keras.Model) -> None:
-        network.set_weights([2 * weights for weights in network.get_weights()])
-
-    plain = train(tmp_path / "plain", monkeypatch)
-    with pytest.raises(console.Stopped):
-        train(tmp_path / "changed", monkeypatch, 3, finish=finish)
-    changed = train(tmp_path / "changed", monkeypatch, finish=finish)
-    for twice, once in zip(changed.get_weights(), plain.get_weights(), strict=True):
-        assert np.array_equal(twice, 2 * once)
-    assert weights_equal(changed, train(tmp_path / "changed", monkeypatch, finish=finish))
-
-
 def test_only_the_part_that_is_used_is_saved_and_loaded(tmp_path, monkeypatch):
     def part(network: keras.Model) -> keras.Model:
         return keras.Sequential([keras.Input((4,)), network.get_layer("dense")])
