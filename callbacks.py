@@ -92,7 +92,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
 
     def _paths(self) -> list[Path]:
         """Checkpoints of this stage, the newest last."""
-        return sorted((self.run.folder / "checkpoint").glob(f"{self.stage}_epoch_*.npz")) if self.run else []
+        return sorted(self.run.checkpoint_folder.glob(f"{self.stage}_epoch_*.npz")) if self.run else []
 
     def _check(self, network: keras.Model, arrays: dict[str, np.ndarray]) -> None:
         """Raise KeyError or ValueError if the arrays are not this network's."""
@@ -118,7 +118,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in self._state(self.model).items()}
         arrays |= {f"best_{i:03d}": weights for i, weights in enumerate(self.best_weights or [])}
         state = [self.counters, self.inputs, self.run.history_checksum(self.stage)]
-        path = self.run.folder / "checkpoint" / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
+        path = self.run.checkpoint_folder / f"{self.stage}_epoch_{epoch + 1:04d}.npz"
         with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, state=np.array(json.dumps(state)), **arrays)
         for old in self._paths()[:-MAX_CHECKPOINTS]:
@@ -135,8 +135,15 @@ class CSVHistory(keras.callbacks.Callback):
 
     # Columns in this order; with two levels, a level's name precedes some of them, as in top_codebook.
     ORDER = (
-        *("loss", "reconstruction", "codebook", "commitment", "ssim", "codes_used", "perplexity"),
-        *("bits_per_code", "accuracy"),
+        "loss",
+        "reconstruction",
+        "codebook",
+        "commitment",
+        "ssim",
+        "codes_used",
+        "perplexity",
+        "bits_per_code",
+        "accuracy",
     )
 
     def __init__(self, run: Run, stage: str) -> None:
@@ -307,7 +314,7 @@ class TerminateOnNonFinite(keras.callbacks.Callback):
         kept = ""
         run = self.checkpoint.run
         if run and self.checkpoint.best_weights is not None:
-            path = run.folder / "checkpoint" / f"{self.checkpoint.stage}.keras"
+            path = run.checkpoint_folder / f"{self.checkpoint.stage}.keras"
             self.network.set_weights(self.checkpoint.best_weights)
             saving.save_model(self.part, path)
             kept = f"; the best model so far, of epoch {self.checkpoint.counters['best_epoch']}, is {path}"

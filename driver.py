@@ -243,7 +243,7 @@ def measure(config: Config, results: Results, numbers_path: Path, slices_path: P
 
 def summarize(config: Config, run: Run) -> dict[str, Any]:
     """Remove the checkpoints, and print the main findings and where the results are. Returns the metrics."""
-    remove(run.folder / "checkpoint")
+    remove(run.checkpoint_folder)
     numbers, history = run.read_metrics(), run.history
     kind = options.data_note(config) or "real slices"
     print(f"\n{kind}; measured on {numbers['test_slices']} test slices of {numbers['test_subjects']} subjects")

@@ -65,7 +65,8 @@ _EARLIER_WORK = {
 }
 
 # Name, description, and the constants that differ from driver.py's. Those for 256 x 256 should end within two hours on
-# 2 cores with a convolution peak of 450 GFLOP/s: this is estimated from their number of operations.
+# 2 cores with a convolution peak of 450 GFLOP/s: this is estimated from their number of operations, and for student256
+# from the time of its epochs.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
@@ -284,8 +285,18 @@ def check(config: Any) -> None:
         if not _has_type(getattr(config, name), kind):
             raise ConfigError(f"{name} is {getattr(config, name)}: must be {_describe_type(kind)}")
     for name in (
-        *("channels", "embedding_dim", "batch_size", "decoder_batch_size", "vqvae_epochs", "prior_blocks"),
-        *("prior_epochs", "num_candidates", "num_samples", "measured_slices", "devices", "num_processes"),
+        "channels",
+        "embedding_dim",
+        "batch_size",
+        "decoder_batch_size",
+        "vqvae_epochs",
+        "prior_blocks",
+        "prior_epochs",
+        "num_candidates",
+        "num_samples",
+        "measured_slices",
+        "devices",
+        "num_processes",
     ):
         require(name, lambda v: v >= 1, "at least 1")
     for name in ("num_embeddings", "prior_filters", "bottom_prior_filters", "decoder_channels"):

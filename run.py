@@ -213,6 +213,11 @@ class Run:
             )
 
     @property
+    def checkpoint_folder(self) -> Path:
+        """The folder of the states of networks that are not trained to the end yet."""
+        return self.folder / "checkpoint"
+
+    @property
     def is_new(self) -> bool:
         """Whether the folder contains no run yet."""
         return self._saved is None
@@ -381,7 +386,7 @@ class Run:
         damaged = {name for name in self._records if name not in missing and not self._is_intact(name)}
         trained = {name: record["history"] for name, record in self._records.items() if "history" in record}
         for name in sorted(damaged & trained.keys()):
-            if any((self.folder / "checkpoint").glob(f"{Path(name).stem}_epoch_*")):
+            if any(self.checkpoint_folder.glob(f"{Path(name).stem}_epoch_*")):
                 continue  # It can be made again from its last checkpoint. A kill while it was replaced leads here.
             raise RunError(
                 f"{self.folder / name}: is damaged (manifest.json has another checksum); restore it, or remove it to "

@@ -348,9 +348,9 @@ def cosines(side: int) -> np.ndarray:
 class FrequencyBranch(keras.layers.Layer):
     """Predicts the velocity of each patch of pixels from the frequencies of the patch.
 
-    Late on the way from noise to detail, the noise that is left is fainter than the detail. It can be found
-    where the detail has nothing of a frequency. This is so for slices from JPEG files: most frequencies of their blocks
-    of 8 × 8 pixels are zero. Convolutions of cells hardly learn this; dense layers for each patch do.
+    Near the end of the path from noise to detail, the remaining noise is fainter than the detail. It shows only at
+    frequencies that the detail lacks. Slices from JPEG files lack most frequencies of their blocks of 8 × 8 pixels.
+    Convolutions of cells hardly learn this; dense layers for each patch do.
 
     At time t, the frequency k of detail that is mixed with noise has the variance n_k(t)² = t² σ_k² + (1 − t)². What
     enters is divided by n_k(t), and so is what the last layer predicts: it is small early and large late, as the noise
