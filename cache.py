@@ -74,7 +74,7 @@ def open_or_make(
         _remove_outdated(folder, source, state)
         remove(place)
         _require_space(folder, num_bytes)
-        print(f"writing decoded slices, {num_bytes / 1e9:.3g} GB, to {place}")
+        print(f"writing decoded slices, {_size(num_bytes)}, to {place}")
         with atomic_path(place) as unfinished:
             unfinished.mkdir()
             about = write(unfinished / IMAGES)
@@ -148,9 +148,15 @@ def _require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise DataError(
-            f"cache_dir is {folder}: decoded slices need {num_bytes / 1e9:.3g} GB and only {free / 1e9:.3g} GB are "
+            f"cache_dir is {folder}: decoded slices need {_size(num_bytes)} and only {_size(free)} are "
             f"free; free some space, or {_SET_CACHE_DIR}"
         )
+
+
+def _size(num_bytes: int) -> str:
+    """A number of bytes in the largest unit that leaves at least 1, as in "33.2 MB"."""
+    power = min((len(str(num_bytes)) - 1) // 3, 4)
+    return f"{num_bytes / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 # ------------------------------------------------------------------------------------------------- reading

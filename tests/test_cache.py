@@ -52,7 +52,7 @@ def test_a_set_is_made_once_and_mapped(tmp_path, capsys):
 
 def test_the_size_and_the_place_are_said_before_anything_is_written(tmp_path, capsys):
     def write_later(path: Path) -> cache.About:
-        assert f"9.6e-08 GB, to {tmp_path / 'name'}\n" in capsys.readouterr().out
+        assert f"96 bytes, to {tmp_path / 'name'}\n" in capsys.readouterr().out
         return write(path)
 
     open_or_make(tmp_path, write_later)
@@ -127,7 +127,7 @@ def test_a_disk_without_space_is_refused_before_anything_is_written(tmp_path, mo
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 95}))
     message = refused(DataError, tmp_path, refuse)
     assert message.startswith(f"cache_dir is {tmp_path}: ")
-    assert "need 9.6e-08 GB and only 9.5e-08 GB are free" in message
+    assert "need 96 bytes and only 95 bytes are free" in message
     assert "set cache_dir" in message
     assert names(tmp_path) == set()
 

@@ -476,7 +476,7 @@ def test_slices_that_change_while_they_are_read_are_refused(data_dir, tmp_path, 
 def test_a_disk_without_space_is_refused_in_one_line(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 700}))
     message = load(data_dir, capsys, cache_dir=tmp_path / "cache")
-    assert message.startswith(f"cache_dir is {tmp_path / 'cache'}: decoded slices need 7.68e-07 GB")
+    assert message.startswith(f"cache_dir is {tmp_path / 'cache'}: decoded slices need 768 bytes")
     assert "\n" not in message
 
 
