@@ -18,6 +18,9 @@ import seeds
 
 CLASSIFIER_BATCH_SIZE = 32
 CLASSIFIER_STEPS, CLASSIFIER_MAX_EPOCHS = 1500, 12  # Training of a classifier; whatever is reached first.
+# Beyond these, a classifier of codes would take more time than all other measures together: the side of the finest grid
+# whose resolution its first convolution keeps, and the channels that it reads of each code.
+MAX_FULL_RESOLUTION, MAX_CODE_CHANNELS = 24, 64
 CLASSIFIER_GOAL = 0.99  # Accuracy on the validation subjects beyond which training longer would tell nothing more.
 
 
@@ -373,6 +376,9 @@ def image_classifier(size: int, seed: int) -> keras.Model:
 def code_classifier(codebooks: Sequence[np.ndarray], grids: Sequence[int], seed: int) -> keras.Model:
     """Make a compiled classifier of code indices (B, h, w) int32 per level. Sets the global random seed.
 
+    Grids with a side above `MAX_FULL_RESOLUTION` are read at half their resolution, and vectors with more than
+    `MAX_CODE_CHANNELS` dimensions are projected to as many.
+
     Args:
         codebooks: Codebook vectors of each level, (K, D), the coarsest level first.
         grids: Height and width of the code grid of each level.
@@ -384,9 +390,12 @@ def code_classifier(codebooks: Sequence[np.ndarray], grids: Sequence[int], seed:
         inputs.append(keras.Input((grid, grid), dtype="int32"))
         table = keras.initializers.Constant((vectors - vectors.mean()) / vectors.std())
         embedded = keras.layers.Embedding(*vectors.shape, table, trainable=False)(inputs[-1])
+        if vectors.shape[1] > MAX_CODE_CHANNELS:
+            embedded = keras.layers.Dense(MAX_CODE_CHANNELS, use_bias=False)(embedded)
         features.append(keras.layers.UpSampling2D(grids[-1] // grid)(embedded))
     merged = keras.ops.concatenate(features, axis=-1)
-    return _classifier(inputs, keras.layers.GaussianNoise(0.1, seed=seed)(merged), seed, keep_resolution=True)
+    keep_resolution = grids[-1] <= MAX_FULL_RESOLUTION
+    return _classifier(inputs, keras.layers.GaussianNoise(0.1, seed=seed)(merged), seed, keep_resolution)
 
 
 def _classifier(inputs: list[Any], features: Any, seed: int, keep_resolution: bool = False) -> keras.Model:

@@ -387,6 +387,23 @@ def test_codes_of_two_levels_are_classified(few_epochs):
         assert two_sample.classifier_two_sample_test(first, different, SUBJECTS, network, 0)["accuracy"] > 0.9
 
 
+def test_codes_of_a_fine_grid_and_of_long_vectors_are_classified_from_less(few_epochs, monkeypatch):
+    random = np.random.default_rng(0)
+    codebooks = [random.normal(size=(16, 10))]
+    full = two_sample.code_classifier(codebooks, (16,), seed=0)
+    monkeypatch.setattr(two_sample, "MAX_FULL_RESOLUTION", 8)
+    monkeypatch.setattr(two_sample, "MAX_CODE_CHANNELS", 4)
+    network = two_sample.code_classifier(codebooks, (16,), seed=0)
+    assert network.count_params() < full.count_params()
+
+    def grids(start: int) -> dict[str, list[np.ndarray]]:
+        return {split: [start + random.integers(0, 4, (count, 16, 16))] for split, count in COUNTS.items()}
+
+    first = grids(0)
+    assert two_sample.classifier_two_sample_test(first, grids(0), SUBJECTS, network, 0)["accuracy"] < 0.7
+    assert two_sample.classifier_two_sample_test(first, grids(8), SUBJECTS, network, 0)["accuracy"] > 0.9
+
+
 # -------------------------------------------------------------------------------------- nearest neighbours
 
 
