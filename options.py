@@ -65,8 +65,8 @@ _EARLIER_WORK = {
 }
 
 # Name, description, and the constants that differ from driver.py's. Those for 256 x 256 should end within two hours on
-# 2 cores with a convolution peak of 450 GFLOP/s: this is estimated from their number of operations, and for student256
-# from the time of its epochs.
+# 2 cores with a convolution peak of 450 GFLOP/s. By the time of their steps in mixed precision on one core with this
+# peak, their training takes at most an hour and a half.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
@@ -125,9 +125,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_size": 256,
             "grids": (64,),
             "embedding_dim": 256,
-            "vqvae_epochs": 6,
+            "vqvae_epochs": 3,
             "prior_filters": 64,
-            "prior_epochs": 6,
+            "prior_epochs": 2,
             **_EARLIER_WORK,
         },
     ),
@@ -137,8 +137,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_size": 256,
             "grids": (32, 64),
             "num_embeddings": 128,
-            "vqvae_epochs": 5,
-            "prior_epochs": 4,
+            "vqvae_epochs": 3,
+            "prior_epochs": 2,
             **_EARLIER_WORK,
         },
     ),

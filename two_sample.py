@@ -18,9 +18,10 @@ import seeds
 
 CLASSIFIER_BATCH_SIZE = 32
 CLASSIFIER_STEPS, CLASSIFIER_MAX_EPOCHS = 1500, 12  # Training of a classifier; whatever is reached first.
-# Beyond these, a classifier of codes would take more time than all other measures together: the side of the finest grid
-# whose resolution its first convolution keeps, and the channels that it reads of each code.
-MAX_FULL_RESOLUTION, MAX_CODE_CHANNELS = 24, 64
+# Limits of what a classifier of codes reads: the side of the finest grid whose resolution its first convolution keeps,
+# and the channels of each code. With them, a step on 64 x 64 codes takes half as long as without, and a quarter if the
+# codes have 256 dimensions.
+MAX_FULL_RESOLUTION, MAX_CODE_CHANNELS = 32, 64
 CLASSIFIER_GOAL = 0.99  # Accuracy on the validation subjects beyond which training longer would tell nothing more.
 
 
@@ -370,7 +371,8 @@ def image_classifier(size: int, seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)
     images = keras.Input((size, size, 1), dtype="uint8")
     features = keras.layers.RandomFlip("horizontal", seed=seed)(keras.ops.cast(images, "float32"))
-    return _classifier([images], keras.layers.Rescaling(1 / 64, -0.8)(features), seed)  # roughly mean 0 and variance 1
+    features = keras.layers.Rescaling(1 / 64, -0.8)(features)  # roughly mean 0 and variance 1
+    return _classifier([images], features, seed, widths=(16, 32))
 
 
 def code_classifier(codebooks: Sequence[np.ndarray], grids: Sequence[int], seed: int) -> keras.Model:
@@ -394,11 +396,13 @@ def code_classifier(codebooks: Sequence[np.ndarray], grids: Sequence[int], seed:
             embedded = keras.layers.Dense(MAX_CODE_CHANNELS, use_bias=False)(embedded)
         features.append(keras.layers.UpSampling2D(grids[-1] // grid)(embedded))
     merged = keras.ops.concatenate(features, axis=-1)
-    keep_resolution = grids[-1] <= MAX_FULL_RESOLUTION
-    return _classifier(inputs, keras.layers.GaussianNoise(0.1, seed=seed)(merged), seed, keep_resolution)
+    noisy = keras.layers.GaussianNoise(0.1, seed=seed)(merged)
+    return _classifier(inputs, noisy, seed, keep_resolution=grids[-1] <= MAX_FULL_RESOLUTION)
 
 
-def _classifier(inputs: list[Any], features: Any, seed: int, keep_resolution: bool = False) -> keras.Model:
+def _classifier(
+    inputs: list[Any], features: Any, seed: int, widths: Sequence[int] = (), keep_resolution: bool = False
+) -> keras.Model:
     """Make a compiled classifier with two heads, "pooled" and "global", of one logit each.
 
     It also sees the mirror image: brains are nearly symmetric, so halves that do not belong together show where an
@@ -408,15 +412,16 @@ def _classifier(inputs: list[Any], features: Any, seed: int, keep_resolution: bo
         inputs: Keras inputs.
         features: What they become, (B, h, h, C).
         seed: Seed of the dropout.
-        keep_resolution: Whether the first convolution keeps the resolution.
+        widths: Channels of the first convolutions of stride 2. The others have 64.
+        keep_resolution: Whether one more convolution, before those, keeps the resolution.
     """
     options = {"padding": "same", "activation": "relu", "kernel_initializer": "he_normal"}
     features = keras.ops.concatenate([features, keras.ops.flip(features, axis=2)], axis=-1)
-    widths = [64] * 8 if keep_resolution else [16, 32, *[64] * 8]
     if keep_resolution:
         features = keras.layers.Conv2D(64, 3, **options)(features)
+    remaining = list(widths)
     while features.shape[1] > 8:
-        features = keras.layers.Conv2D(widths.pop(0), 4, 2, **options)(features)
+        features = keras.layers.Conv2D(remaining.pop(0) if remaining else 64, 4, 2, **options)(features)
     pooled = keras.layers.GlobalAveragePooling2D()(features)
     whole = keras.layers.Dropout(0.5, seed=seed)(keras.layers.Flatten()(features))
     whole = keras.layers.Dense(64, activation="relu")(whole)
