@@ -404,7 +404,7 @@ def _film_url(images: np.ndarray) -> str:
 
 
 def _grey(image: np.ndarray) -> Image.Image:
-    return Image.fromarray((np.clip(image[..., 0], 0, 1) * 255).round().astype(np.uint8))
+    return Image.fromarray(dataset.to_uint8(image[..., 0]))
 
 
 def _map_url(values: np.ndarray, brightest: float) -> str:

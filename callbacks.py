@@ -14,6 +14,7 @@ import tensorflow as tf
 from PIL import Image
 
 import console
+import dataset
 import devices
 import saving
 import seeds
@@ -220,7 +221,7 @@ class Previews(keras.callbacks.Callback):
         if (epoch + 1) * self.count // self.epochs == epoch * self.count // self.epochs:
             return
         self.network.set_weights(self.model.get_weights())
-        sheet = (np.clip(self.draw(self.network), 0, 1) * 255).round().astype(np.uint8)
+        sheet = dataset.to_uint8(self.draw(self.network))
         with atomic_path(self.folder / f"epoch_{epoch + 1:03d}.png") as unfinished:
             Image.fromarray(sheet).save(unfinished, "PNG")
         with self.writer.as_default():

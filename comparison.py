@@ -17,7 +17,7 @@ from scipy import ndimage
 import metrics
 import seeds
 import two_sample
-from dataset import Slices
+from dataset import Slices, to_uint8
 from generator import Results
 from pngs import BRAIN_THRESHOLD
 
@@ -544,8 +544,7 @@ def to_display_uint8(images: np.ndarray) -> np.ndarray:
     Returns:
         (N, H, W, 1) uint8.
     """
-    if images.dtype != np.uint8:
-        images = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    images = images if images.dtype == np.uint8 else to_uint8(images)
     return np.where(images > BRAIN_THRESHOLD * 255, images, np.uint8(0))
 
 

@@ -468,6 +468,14 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255
 
 
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Convert float images, clipped to [0, 1], to uint8, 0 to 255."""
+    levels = np.empty(images.shape, np.uint8)
+    for start in range(0, len(images), 64):  # All at once would need memory for several copies of the floats.
+        levels[start : start + 64] = np.rint(np.clip(images[start : start + 64], 0, 1) * 255)
+    return levels
+
+
 def spread_over_positions(positions: np.ndarray, count: int) -> np.ndarray:
     """Choose slices from the lowest to the highest position.
 

@@ -308,7 +308,7 @@ def save(folder: Path, images: Mapping[str, np.ndarray]) -> None:
     for name, image in images.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image[..., 0] * 255).round().astype(np.uint8)).save(path, "PNG")
+        Image.fromarray(dataset.to_uint8(image[..., 0])).save(path, "PNG")
 
 
 def command_line() -> int:

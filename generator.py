@@ -491,7 +491,7 @@ class Samples:
     """Generated slices.
 
     Attributes:
-        images: (N, H, W, 1) float32 in [0, 1].
+        images: (N, H, W, 1) uint8.
         codes: Code indices, (N, h, w) int32 per level.
         positions: (N,) int32 slice positions.
     """
@@ -511,7 +511,7 @@ class Samples:
     def save(self, *paths: Path) -> None:
         """Write one 8-bit grey PNG per sample."""
         for image, path in zip(self.images, paths, strict=True):
-            Image.fromarray((image[..., 0] * 255).round().astype(np.uint8)).save(path)
+            Image.fromarray(image[..., 0]).save(path)
 
 
 def code_files(name: str, num_levels: int) -> list[str]:
@@ -542,7 +542,7 @@ def make_samples(
     run.make(files, made_from, write)
     codes = [np.load(run.folder / file) for file in files]
     noise = {name: sampling[name] for name in ("seed", "purpose") if name in sampling}
-    return Samples(generator.draw(codes, **noise), codes, positions)
+    return Samples(dataset.to_uint8(generator.draw(codes, **noise)), codes, positions)
 
 
 @dataclass(frozen=True)

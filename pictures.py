@@ -73,7 +73,7 @@ def _draw_samples_by_position(path: Path, results: Results) -> None:
 
 
 def _draw_samples(path: Path, results: Results) -> None:
-    plots.samples(path, results.samples.images, results.samples.positions, results.note)
+    plots.samples(path, to_float(results.samples.images), results.samples.positions, results.note)
 
 
 def _draw_reconstructions(path: Path, results: Results) -> None:
@@ -99,7 +99,7 @@ def _draw_power_spectrum(path: Path, results: Results) -> None:
     sets = {
         "test slices": to_float(results.slices["test"].images),
         "their reconstructions": results.reconstructions["test"],
-        "generated slices": results.compared_samples["test"].images,
+        "generated slices": to_float(results.compared_samples["test"].images),
     }
     if results.sharp_reconstructions is not None:
         sets["sharp reconstructions"] = results.sharp_reconstructions
@@ -112,7 +112,7 @@ def _draw_power_spectrum(path: Path, results: Results) -> None:
 def _draw_nearest_training_slices(path: Path, results: Results) -> None:
     rows, compared = results.numbers["samples"]["nearest_to_training"], results.compared_samples["test"]
     labels = [f"slice {compared.positions[row['index']]}, RMSE {row['distance']:.3f}" for row in rows]
-    images = compared.images[[row["index"] for row in rows]]
+    images = to_float(compared.images[[row["index"] for row in rows]])
     nearest = to_float(results.slices["train"].images[[row["train_index"] for row in rows]])
     title = "Generated slices closest to a training slice, and that slice"
     plots.comparison(path, {"generated": images, "training slice": nearest}, labels, title, results.note)
@@ -230,7 +230,7 @@ def blind_test(results: Results) -> tuple[np.ndarray, list[dict[str, Any]]]:
         for i in index
     ]
     tiles += [
-        (samples.images[i], {"kind": "generated", "position": int(samples.positions[i]), "subject": ""})
+        (to_float(samples.images[i]), {"kind": "generated", "position": int(samples.positions[i]), "subject": ""})
         for i in random.permutation(len(samples))[:each]
     ]
     mixed = [tiles[i] for i in random.permutation(len(tiles))]

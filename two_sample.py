@@ -147,7 +147,7 @@ def random_features(images: np.ndarray) -> np.ndarray:
     network.add(keras.layers.Dense(64, use_bias=False, dtype="float32"))
     flat = size * size * channels
     network.set_weights([*weights, rng.normal(0, 1 / math.sqrt(flat), (flat, 64))])
-    batches = (images[i : i + 64].astype(np.float32) / 255 for i in range(0, len(images), 64))
+    batches = (images[i : i + 16].astype(np.float32) / 255 for i in range(0, len(images), 16))
     return np.concatenate([keras.ops.convert_to_numpy(network(batch)) for batch in batches])
 
 

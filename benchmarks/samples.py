@@ -21,6 +21,7 @@ import options as configuration
 import sharp
 import training
 from benchmarks import common
+from dataset import to_uint8
 from generator import Generator, Results, Samples
 from run import RunError, read_config
 
@@ -93,7 +94,7 @@ def make_results(config: driver.Config, generator: Generator) -> Results:
     for split, index in compared.items():
         positions, purpose = slices[split].positions[index], f"{split}_samples"
         drawn = generator.sample_codes(positions, **arguments, purpose=purpose)
-        samples[split] = Samples(generator.draw(drawn, config.seed, purpose), drawn, positions)
+        samples[split] = Samples(to_uint8(generator.draw(drawn, config.seed, purpose)), drawn, positions)
     sharp = generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
     return Results(
         generator=generator,

@@ -162,7 +162,9 @@ def measure_comparison(test: int, train: int) -> dict[str, float]:
     compared = comparison.choose_slices(slices, config.measured_slices, seed=0)
     samples = {
         split: Samples(
-            random.random((len(index), 96, 96, 1), np.float32), [codes[split][0][index]], slices[split].positions[index]
+            random.integers(0, 256, (len(index), 96, 96, 1), np.uint8),
+            [codes[split][0][index]],
+            slices[split].positions[index],
         )
         for split, index in compared.items()
     }

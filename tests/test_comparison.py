@@ -16,7 +16,7 @@ import phantom
 import sharp
 import two_sample
 from comparison import Comparison, Part
-from dataset import Slices
+from dataset import Slices, to_uint8
 from generator import Generator, Results, Samples
 from tests import test_generator
 
@@ -60,7 +60,7 @@ def make_results(
     random, compared_samples = np.random.default_rng(0), {}
     for split, some in slices.items():
         sampled = [random.integers(0, 16, (len(some), grid, grid)).astype(np.int32) for grid in grids]
-        compared_samples[split] = Samples(generator.decode(sampled), sampled, some.positions)
+        compared_samples[split] = Samples(to_uint8(generator.decode(sampled)), sampled, some.positions)
     return Results(
         generator=generator,
         slices=slices,
@@ -172,7 +172,7 @@ def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
     decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(vqvae, detail_channels=8))
     sharpened = Generator(vqvae, results.generator.priors, results.generator.positions, decoder=decoder)
     drawn = {
-        split: replace(samples, images=sharpened.draw(samples.codes))
+        split: replace(samples, images=to_uint8(sharpened.draw(samples.codes)))
         for split, samples in results.compared_samples.items()
     }
     numbers, classified = compare(replace(results, generator=sharpened, compared_samples=drawn))

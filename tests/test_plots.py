@@ -144,7 +144,7 @@ def make_results(num_levels: int, is_sharp: bool = False, note: str = "") -> Res
         "half_power_frequency": 0.3,
         "samples": {"nearest_to_training": [{"index": 2, "train_index": 5, "distance": 0.1}]},
     }
-    samples = Samples(decoded, codes, POSITIONS)
+    samples = Samples(255 - images, codes, POSITIONS)
     return Results(
         generator=StubGenerator(num_levels),
         slices=dict.fromkeys(("train", "validate", "test"), slices),
@@ -233,7 +233,7 @@ def test_nearest_training_slices_are_those_of_the_numbers(tmp_path, monkeypatch)
     picture.draw(tmp_path / "x.png", results)
     sets, labels, *_ = drawn[0]
     images, nearest = sets.values()
-    assert np.array_equal(images, results.compared_samples["test"].images[[2]])
+    assert np.array_equal(images, results.compared_samples["test"].images[[2]] / np.float32(255))
     assert np.array_equal(nearest, results.slices["train"].images[[5]] / np.float32(255))
     assert labels == ["slice 2, RMSE 0.100"]
 
