@@ -66,7 +66,7 @@ _EARLIER_WORK = {
 
 # Name, description, and the constants that differ from driver.py's. Those for 256 x 256 should end within two hours on
 # 2 cores with a convolution peak of 450 GFLOP/s. By the time of their steps in mixed precision on one core with this
-# peak, their training takes at most an hour and a half.
+# peak, their training takes at most an hour and a half. Sampling and the evaluation take almost as long again.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
