@@ -616,3 +616,9 @@ def test_real_slices():
     for slices in dataset.load(folder, 96, seed=0, crop=None).values():
         assert 0 < slices.crop < 256
         assert 0.2 < (slices.images > 12).mean() < 0.7
+
+
+def test_grey_levels_survive_the_way_to_floats_and_back():
+    levels = np.arange(256, dtype=np.uint8)[:, None, None, None]  # More images than are converted at a time.
+    assert np.array_equal(dataset.to_uint8(dataset.to_float(levels)), levels)
+    assert np.array_equal(dataset.to_uint8(np.array([-0.5, 0.001, 0.003, 1.5])), [0, 0, 1, 255])
