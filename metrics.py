@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 
 import model
 import two_sample
-from dataset import Slices
+from dataset import Slices, to_uint8
 from generator import Results
 from pngs import BRAIN_THRESHOLD
 
@@ -422,7 +422,7 @@ def joint_histogram(originals: np.ndarray, predictions: np.ndarray) -> np.ndarra
     Returns:
         (256, 256) counts, indexed by [predicted level, true level].
     """
-    predicted = np.rint(np.clip(predictions, 0, 1) * 255).astype(np.int64)
+    predicted = to_uint8(predictions).astype(np.int64)
     return np.bincount((predicted * 256 + originals).ravel(), minlength=256**2).reshape(256, 256)
 
 

@@ -4,6 +4,7 @@ Slices of one subject are not independent. Every interval, split, jackknife and 
 subject, not the slice, as the unit.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -147,6 +148,7 @@ def random_features(images: np.ndarray) -> np.ndarray:
     network.add(keras.layers.Dense(64, use_bias=False, dtype="float32"))
     flat = size * size * channels
     network.set_weights([*weights, rng.normal(0, 1 / math.sqrt(flat), (flat, 64))])
+    # A few at a time: with 64 images of 256 x 256 pixels, the first layers would need more than a gigabyte.
     batches = (images[i : i + 16].astype(np.float32) / 255 for i in range(0, len(images), 16))
     return np.concatenate([keras.ops.convert_to_numpy(network(batch)) for batch in batches])
 
@@ -419,9 +421,9 @@ def _classifier(
     features = keras.ops.concatenate([features, keras.ops.flip(features, axis=2)], axis=-1)
     if keep_resolution:
         features = keras.layers.Conv2D(64, 3, **options)(features)
-    remaining = list(widths)
+    channels = itertools.chain(widths, itertools.repeat(64))
     while features.shape[1] > 8:
-        features = keras.layers.Conv2D(remaining.pop(0) if remaining else 64, 4, 2, **options)(features)
+        features = keras.layers.Conv2D(next(channels), 4, 2, **options)(features)
     pooled = keras.layers.GlobalAveragePooling2D()(features)
     whole = keras.layers.Dropout(0.5, seed=seed)(keras.layers.Flatten()(features))
     whole = keras.layers.Dense(64, activation="relu")(whole)
