@@ -60,8 +60,9 @@ class Config:
     bottom_prior_filters: int = 64  # channels of the bottom level's prior, which has several times as many codes
     prior_blocks: int = 6  # residual blocks
     prior_kernel_size: int = 3  # side of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
-    prior_dropout: float = 0.1  # dropout rate in the blocks
+    prior_dropout: float = 0.2  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
+    prior_uses_codebook: bool = True  # the prior reads and predicts codes by vectors, at first those of the codebook
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
     bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of the grid
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
