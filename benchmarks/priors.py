@@ -89,12 +89,15 @@ def variants(config: driver.Config, level: int, vqvae: model.VQVAE) -> dict[str,
     def without_top_level() -> model.PixelCNN:
         settings: dict[str, Any] = {**stages.make_prior(config, level).settings, "coarse_grid_size": None}
         keras.utils.set_random_seed(config.seed)
-        return model.PixelCNN(**settings)
+        prior = model.PixelCNN(**settings)
+        if config.prior_uses_codebook:
+            prior.set_vectors(vqvae.quantizers[level])
+        return prior
 
     usual = variant()
     priors = {
         "as configured": usual,
-        "as in version 1": variant(prior_augment=False, prior_dropout=0.2, **{attention: 0}),
+        "as in version 1": variant(prior_augment=False, prior_dropout=0.2, prior_uses_codebook=False, **{attention: 0}),
         "without augmentation": variant(prior_augment=False),
         "without attention": variant(**{attention: 0}),
         "without codebook vectors": variant(prior_uses_codebook=False),
