@@ -69,7 +69,7 @@ class Config:
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above; also of the selector
 
-    selector_epochs: int = 27  # of the selector, which chooses among proposals of the prior; 0: it is not used
+    selector_epochs: int = 54  # of the selector, which chooses among proposals of the prior; 0: it is not used
     num_candidates: int = 8  # number of proposals for each generated slice; 1: the selector chooses nothing
 
     decoder_epochs: int = 10  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them
