@@ -65,17 +65,20 @@ class Part:
 # The "test" part is compared with the test slices, one by one. Classifiers are trained on the "train" part and chosen
 # by the "validate" part; a set without them is not classified.
 ImageSet: TypeAlias = dict[str, Part]
+Remember: TypeAlias = Callable[[str, Callable[[], Any]], Any]  # See `compare`.
 
 
 # ------------------------------------------------------------------------------------------- comparisons
 
 
-def compare(results: Results, seed: int) -> dict[str, Any]:
+def compare(results: Results, seed: int, remember: Remember = lambda name, compute: compute()) -> dict[str, Any]:
     """Compare samples with real slices of the test subjects, which no network has seen.
 
     Args:
         results: Everything that a run has produced. `results.numbers` is not used.
         seed: Seed of the pairs, the classifiers, the controls and the draws of other subjects.
+        remember: Called with the name of each part of the work and a function that does it. It may return what an
+            earlier call has done instead, as `Run.remember` does after a run was stopped.
 
     Returns:
         Five dictionaries:
@@ -94,12 +97,17 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
     """
     comparison = Comparison(results, seed)
     real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
-    faithful, drawn = comparison.redecode(samples), comparison.draw(decoded)
+    faithful, drawn = comparison.redecode(samples), comparison.draw(decoded, remember)
     sampled = {
         "count": len(real["test"].images),
-        **comparison.classify_against_real(samples),
-        "c2st_reconstructions": comparison.classify_images(decoded, faithful),
-        "c2st_codes": comparison.classify_codes(decoded, samples),
+        **remember("samples against real slices", lambda: comparison.classify_against_real(samples)),
+        **remember(
+            "samples against reconstructions",
+            lambda: {
+                "c2st_reconstructions": comparison.classify_images(decoded, faithful),
+                "c2st_codes": comparison.classify_codes(decoded, samples),
+            },
+        ),
         **comparison.measure(samples["test"]),
         **comparison.measure_copies(samples["test"], drawn["test"]),
         "nearest_to_training": comparison.nearest_to_training(samples["test"]),
@@ -108,22 +116,16 @@ def compare(results: Results, seed: int) -> dict[str, Any]:
     if results.generator.decoder:
         references["faithful_samples"] = faithful
     measured = {
-        name: {"c2st_real": comparison.classify_images(real, images), **comparison.measure(images["test"])}
-        for name, images in references.items()
+        name: remember(name, functools.partial(comparison.measure_set, images)) for name, images in references.items()
     }
     if results.generator.decoder:
-        measured["sharp_reconstructions"] = {
-            **comparison.classify_against_real(drawn),
-            **comparison.measure(drawn["test"]),
-        }
-    controls = {}
-    for name in CONTROLS:
-        faultless, control = comparison.control(name)
-        controls[name] = {
-            "c2st": comparison.classify_images(faultless, control),
-            "c2st_codes": comparison.classify_codes(faultless, control),
-            **comparison.measure(control["test"]),
-        }
+        measured["sharp_reconstructions"] = remember(
+            "sharp_reconstructions",
+            lambda: {**comparison.classify_against_real(drawn), **comparison.measure(drawn["test"])},
+        )
+    controls = {
+        name: remember(f"control {name}", functools.partial(comparison.measure_control, name)) for name in CONTROLS
+    }
     return {
         "compared_slices": {split: len(index) for split, index in results.compared.items()},
         "samples": sampled,
@@ -190,17 +192,16 @@ class Comparison:
         """The same codes, decoded by the VQ-VAE."""
         return {split: replace(part, images=part.decoded) for split, part in images.items()}
 
-    def draw(self, images: ImageSet) -> ImageSet:
-        """The same codes, decoded as samples are; see `Generator.draw`."""
+    def draw(self, images: ImageSet, remember: Remember = lambda name, compute: compute()) -> ImageSet:
+        """The same codes, decoded as samples are; see `Generator.draw` and `compare`."""
         if not self.results.generator.decoder:
             return self.redecode(images)
+
+        def drawn(split: str, part: Part) -> np.ndarray:
+            return to_display_uint8(self.results.generator.draw(part.codes, self.seed, f"reconstructions of {split}"))
+
         return {
-            split: replace(
-                part,
-                images=to_display_uint8(
-                    self.results.generator.draw(part.codes, self.seed, f"reconstructions of {split}")
-                ),
-            )
+            split: replace(part, images=remember(f"drawn {split} slices", functools.partial(drawn, split, part)))
             for split, part in images.items()
         }
 
@@ -344,6 +345,19 @@ class Comparison:
             **metrics.power_ratios(self.power, metrics.power_spectrum(fakes.images / np.float32(255))),
             "code_hamming": float(distances["codes"].mean()),
             **two_sample.nearest_neighbour_metrics(distances, self.distances),
+        }
+
+    def measure_set(self, images: ImageSet) -> dict[str, Any]:
+        """Measure a set: the numbers of `measure`, and c2st_real, what a classifier finds that is trained once."""
+        return {"c2st_real": self.classify_images(self.real, images), **self.measure(images["test"])}
+
+    def measure_control(self, name: str) -> dict[str, Any]:
+        """Measure the control of this name in `CONTROLS`: the numbers of `measure`, c2st and c2st_codes."""
+        faultless, control = self.control(name)
+        return {
+            "c2st": self.classify_images(faultless, control),
+            "c2st_codes": self.classify_codes(faultless, control),
+            **self.measure(control["test"]),
         }
 
     def measure_other_subjects(self) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     """
     shown, inputs = pictures.of_run(len(config.grids), results.generator.networks), [*made_from]
     run.make(results.samples.files, inputs, results.samples.save)
-    run.make(["metrics.json", "test_slices.csv"], inputs, lambda *paths: measure(config, results, *paths))
+    run.make(["metrics.json", "test_slices.csv"], inputs, lambda *paths: measure(config, run, results, inputs, *paths))
     run.make("blind_test_key.csv", inputs, lambda path: write_table(path, pictures.blind_test(results)[1]))
     results = replace(results, numbers=run.read_metrics())
     inputs += ["metrics.json"]
@@ -233,12 +233,15 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
     return summarize(config, run)
 
 
-def measure(config: Config, results: Results, numbers_path: Path, slices_path: Path) -> None:
+def measure(
+    config: Config, run: Run, results: Results, made_from: Sequence[str], numbers_path: Path, slices_path: Path
+) -> None:
     """Compute and write the content of metrics.json and test_slices.csv."""
     print("measuring reconstructions, codes and likelihood on the test split")
     numbers, rows = metrics.measure(results)
     print("comparing samples with the test split")
-    write_json(numbers_path, metrics.without_nan(numbers | comparison.compare(results, config.seed)))
+    compared = comparison.compare(results, config.seed, lambda name, compute: run.remember(name, made_from, compute))
+    write_json(numbers_path, metrics.without_nan(numbers | compared))
     write_table(slices_path, rows)
 
 

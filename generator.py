@@ -542,7 +542,10 @@ def make_samples(
     run.make(files, made_from, write)
     codes = [np.load(run.folder / file) for file in files]
     noise = {name: sampling[name] for name in ("seed", "purpose") if name in sampling}
-    return Samples(dataset.to_uint8(generator.draw(codes, **noise)), codes, positions)
+    images = run.remember(
+        f"images of {name}", [*made_from, *files], lambda: dataset.to_uint8(generator.draw(codes, **noise))
+    )
+    return Samples(images, codes, positions)
 
 
 @dataclass(frozen=True)

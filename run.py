@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
 import console
 
@@ -329,6 +330,33 @@ class Run:
         with contextlib.ExitStack() as stack:
             write(*[stack.enter_context(atomic_path(self.folder / name)) for name in names])
         self.record(names, made_from)
+
+    def remember(self, name: str, made_from: Sequence[str], compute: Callable[[], Any]) -> Any:
+        """Compute a value, or read it if it was computed before the run was stopped.
+
+        It is kept in the checkpoint folder until the run is complete.
+
+        Args:
+            name: Says what the value is; no two values have the same name.
+            made_from: Names of all results and facts that `compute` uses.
+            compute: Computes the value: an array, or what JSON can represent.
+
+        Raises:
+            RunError: The value cannot be written.
+        """
+        key = _checksum_of_value([name, self.checksums(made_from)])
+        array, number = (self.checkpoint_folder / f"{key}{suffix}" for suffix in (".npy", ".json"))
+        if array.exists():
+            return np.load(array)
+        if number.exists():
+            return json.loads(number.read_text(encoding="utf-8"))
+        value = compute()
+        if isinstance(value, np.ndarray):
+            with atomic_path(array) as unfinished, open(unfinished, "wb") as file:
+                np.save(file, value)
+        else:
+            write_text(number, json.dumps(value))
+        return value
 
     def is_up_to_date(self, name: str, made_from: Sequence[str]) -> bool:
         """Whether a result is as recorded and was made from what `made_from` names now."""

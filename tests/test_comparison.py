@@ -86,7 +86,7 @@ def made(results) -> Comparison:
     return Comparison(results, seed=0)
 
 
-def compare(results: Results) -> tuple[dict, list]:
+def compare(results: Results, **options) -> tuple[dict, list]:
     """The numbers, and the arguments of each classifier two-sample test, none of which is carried out."""
     calls = []
 
@@ -96,7 +96,7 @@ def compare(results: Results) -> tuple[dict, list]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(two_sample, "classifier_two_sample_test", record)
-        return comparison.compare(results, seed=0), calls
+        return comparison.compare(results, seed=0, **options), calls
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,20 @@ def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
     assert references["faithful_samples"]["power_high"] != numbers["samples"]["power_high"]
     against_reconstructions = classified[2].second["test"][0]
     assert np.array_equal(against_reconstructions, shown(sharpened.decode(drawn["test"].codes)))
+
+
+def test_what_was_computed_before_is_not_computed_again(results, compared):
+    computed = {}
+
+    def remember(name, compute):
+        if name not in computed:
+            computed[name] = compute()
+        return computed[name]
+
+    assert compare(results, remember=remember)[0] == compared[0]
+    numbers, classified = compare(results, remember=remember)
+    assert numbers == compared[0]
+    assert not classified
 
 
 def test_only_the_chosen_slices_are_compared(results):

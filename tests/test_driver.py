@@ -494,10 +494,11 @@ def test_a_run_that_was_stopped_and_killed_ends_bitwise_identical(finished, tmp_
         ("checkpoint/vqvae_epoch_0001.npz", signal.SIGTERM, 143),
         ("checkpoint/prior_epoch_0001.npz", signal.SIGKILL, -signal.SIGKILL),
         ("samples", signal.SIGINT, 130),
+        ("checkpoint/*.npy", signal.SIGKILL, -signal.SIGKILL),  # drawn slices
     ]
     for name, number, status in moments:
         process = subprocess.Popen(command_of(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not (config.run_dir / name).exists():
+        while process.poll() is None and not any(config.run_dir.glob(name)):
             time.sleep(0.01)
         process.send_signal(number)
         _, printed = process.communicate(timeout=600)

@@ -5,8 +5,10 @@ import os
 import re
 import signal
 from importlib import metadata
+from typing import Any
 
 import filelock
+import numpy as np
 import pytest
 
 import console
@@ -347,6 +349,23 @@ def test_a_kill_between_a_result_and_its_record_changes_nothing(finished, tmp_pa
     finish(run_of(killed), stop_after=name)
     finish(run_of(killed))
     assert contents(killed) == contents(finished)
+
+
+@pytest.mark.parametrize("value", [np.arange(6, dtype=np.uint8).reshape(2, 3), {"a": [0.1, None], "b": float("nan")}])
+def test_a_value_is_computed_once_unless_what_it_is_made_from_changes(tmp_path, value):
+    computed = []
+
+    def compute() -> Any:
+        computed.append(value)
+        return value
+
+    for checksum, count in (("abc", 1), ("abc", 1), ("def", 2)):
+        opened = run_of(tmp_path / "run")
+        with opened.start("data"):
+            opened.facts["sampling"] = checksum
+            np.testing.assert_equal(opened.remember("value", ["slices", "sampling"], compute), value)
+            assert len(computed) == count
+            assert opened.remember("another value", ["slices"], lambda: 1) == 1
 
 
 def test_results_of_several_files_are_made_together(tmp_path):
