@@ -68,10 +68,15 @@ ImageSet: TypeAlias = dict[str, Part]
 Remember: TypeAlias = Callable[[str, Callable[[], Any]], Any]  # See `compare`.
 
 
+def compute_always(name: str, compute: Callable[[], Any]) -> Any:
+    """Remember nothing."""
+    return compute()
+
+
 # ------------------------------------------------------------------------------------------- comparisons
 
 
-def compare(results: Results, seed: int, remember: Remember = lambda name, compute: compute()) -> dict[str, Any]:
+def compare(results: Results, seed: int, remember: Remember = compute_always) -> dict[str, Any]:
     """Compare samples with real slices of the test subjects, which no network has seen.
 
     Args:
@@ -95,9 +100,9 @@ def compare(results: Results, seed: int, remember: Remember = lambda name, compu
         - controls: the numbers of each control, with c2st and c2st_codes.
         - failed_controls: for each measure, the controls that it fails; see `failed_controls`.
     """
-    comparison = Comparison(results, seed)
+    comparison = Comparison(results, seed, remember)
     real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
-    faithful, drawn = comparison.redecode(samples), comparison.draw(decoded, remember)
+    faithful, drawn = comparison.redecode(samples), comparison.draw(decoded)
     sampled = {
         "count": len(real["test"].images),
         **remember("samples against real slices", lambda: comparison.classify_against_real(samples)),
@@ -143,7 +148,7 @@ class Comparison:
     """What all sets of images are compared with, computed once.
 
     Args:
-        results, seed: See `compare`.
+        results, seed, remember: See `compare`.
 
     Attributes:
         real: The real slices.
@@ -152,8 +157,8 @@ class Comparison:
         pairs: (P, 2) indices of test slices at the same position that show different subjects.
     """
 
-    def __init__(self, results: Results, seed: int) -> None:
-        self.results, self.seed = results, seed
+    def __init__(self, results: Results, seed: int, remember: Remember = compute_always) -> None:
+        self.results, self.seed, self.remember = results, seed, remember
         self.real, self.decoded = {}, {}
         for split, slices in results.slices.items():
             index = results.compared[split]
@@ -192,8 +197,8 @@ class Comparison:
         """The same codes, decoded by the VQ-VAE."""
         return {split: replace(part, images=part.decoded) for split, part in images.items()}
 
-    def draw(self, images: ImageSet, remember: Remember = lambda name, compute: compute()) -> ImageSet:
-        """The same codes, decoded as samples are; see `Generator.draw` and `compare`."""
+    def draw(self, images: ImageSet) -> ImageSet:
+        """The same codes, decoded as samples are; see `Generator.draw`."""
         if not self.results.generator.decoder:
             return self.redecode(images)
 
@@ -201,7 +206,7 @@ class Comparison:
             return to_display_uint8(self.results.generator.draw(part.codes, self.seed, f"reconstructions of {split}"))
 
         return {
-            split: replace(part, images=remember(f"drawn {split} slices", functools.partial(drawn, split, part)))
+            split: replace(part, images=self.remember(f"drawn {split} slices", functools.partial(drawn, split, part)))
             for split, part in images.items()
         }
 

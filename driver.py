@@ -289,7 +289,13 @@ def make_results(
         history=run.history,
         numbers={},
         sharp_reconstructions=(
-            generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
+            run.remember(
+                "sharp reconstructions of the test split",
+                made_from,
+                lambda: generator.draw(codes["test"], config.seed, "reconstructions of test"),
+            )
+            if generator.decoder
+            else None
         ),
         note=options.data_note(config),
     )

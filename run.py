@@ -334,7 +334,7 @@ class Run:
     def remember(self, name: str, made_from: Sequence[str], compute: Callable[[], Any]) -> Any:
         """Compute a value, or read it if it was computed before the run was stopped.
 
-        It is kept in the checkpoint folder until the run is complete.
+        It is kept in the checkpoint folder until the run is complete, and computed again if its file is damaged.
 
         Args:
             name: Says what the value is; no two values have the same name.
@@ -346,9 +346,9 @@ class Run:
         """
         key = _checksum_of_value([name, self.checksums(made_from)])
         array, number = (self.checkpoint_folder / f"{key}{suffix}" for suffix in (".npy", ".json"))
-        if array.exists():
+        with contextlib.suppress(OSError, ValueError, EOFError):  # Not there, or damaged.
             return np.load(array)
-        if number.exists():
+        with contextlib.suppress(OSError, ValueError):
             return json.loads(number.read_text(encoding="utf-8"))
         value = compute()
         if isinstance(value, np.ndarray):

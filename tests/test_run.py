@@ -368,6 +368,17 @@ def test_a_value_is_computed_once_unless_what_it_is_made_from_changes(tmp_path, 
             assert opened.remember("another value", ["slices"], lambda: 1) == 1
 
 
+@pytest.mark.parametrize("value", [np.arange(6, dtype=np.uint8), {"a": 0.1}])
+def test_a_damaged_value_is_computed_again(tmp_path, value):
+    opened = run_of(tmp_path / "run")
+    with opened.start("data"):
+        opened.remember("value", ["slices"], lambda: value)
+        (path,) = opened.checkpoint_folder.iterdir()
+        for damaged in (path.read_bytes()[:-1], b""):
+            path.write_bytes(damaged)
+            np.testing.assert_equal(opened.remember("value", ["slices"], lambda: value), value)
+
+
 def test_results_of_several_files_are_made_together(tmp_path):
     opened, names = run_of(tmp_path), ["samples/top_codes.npy", "samples/bottom_codes.npy"]
 
