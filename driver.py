@@ -60,16 +60,15 @@ class Config:
     bottom_prior_filters: int = 64  # channels of the bottom level's prior, which has several times as many codes
     prior_blocks: int = 6  # residual blocks
     prior_kernel_size: int = 3  # side of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
-    prior_dropout: float = 0.2  # dropout rate in the blocks
+    prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
-    prior_uses_codebook: bool = True  # the prior reads and predicts codes by vectors, at first those of the codebook
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
     bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of the grid
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above; also of the selector
 
-    selector_epochs: int = 54  # of the selector, which chooses among proposals of the prior; 0: it is not used
+    selector_epochs: int = 27  # of the selector, which chooses among proposals of the prior; 0: it is not used
     num_candidates: int = 8  # number of proposals for each generated slice; 1: the selector chooses nothing
 
     decoder_epochs: int = 10  # of the sharp decoder, which draws samples; 0: the VQ-VAE decodes them

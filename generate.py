@@ -1,7 +1,7 @@
 """Draw, complete and reconstruct slices with a finished run. The run folder is only read.
 
     python generate.py runs/oasis96 --num-samples 200 --positions 10 12 --temperature 0.9 --output drawn
-    python generate.py runs/oasis96 --complete slice.png --keep left --num-samples 4 --output completed
+    python generate.py runs/oasis96 --complete case_001_slice_12.png --keep left --num-samples 4 --output completed
     python generate.py runs/oasis96 --reconstruct slices --output reconstructed
 
     python generate.py runs/oasis96 --compact small

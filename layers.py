@@ -333,12 +333,6 @@ class VectorQuantizer(keras.layers.Layer):
         """Return the codebook vectors of code indices: (B, h, w) int32 -> (B, h, w, D) float32."""
         return ops.take(self.embeddings, indices, axis=0)
 
-    def standardized_vectors(self) -> np.ndarray:
-        """Return the codebook with each dimension shifted to mean 0, and all scaled to variance 1: (K, D) float32."""
-        vectors = ops.convert_to_numpy(self.embeddings)
-        vectors = vectors - vectors.mean(axis=0)  # The dimensions have different means and share a scale.
-        return vectors / max(vectors.std(), 1e-6)
-
     def _update_codebook(self, vectors: Tensor, one_hot: Tensor) -> None:
         """Update the moving averages (appendix A.1) and replace dead codes, using the vectors of all replicas.
 

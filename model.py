@@ -453,10 +453,6 @@ class PixelCNN(keras.Model):
     After every `num_blocks / attention` blocks there is a layer of causal self-attention (PixelSNAIL, Chen et al.
     2018).
 
-    With `codebook_dim`, the model reads a code by its vector, and also predicts it by features that are computed from
-    this vector. Codes with similar vectors decode to similar images, so what is learned about one of them holds for the
-    others, too. The vectors are weights that should begin as those of the codebook; see `set_vectors`.
-
     The model can be trained on codes of augmented images, conditioned on the parameters of the augmentation
     (distribution augmentation, Jun et al. 2020). Without these parameters, it models images that are not augmented.
 
@@ -478,8 +474,6 @@ class PixelCNN(keras.Model):
         attention: Number of attention layers, at most `num_blocks`. Only the gated PixelCNN can have any.
         coarse_grid_size: (h', w') of the coarser level whose codes the model is conditioned on, with h / h' a power of
             two. None without a coarser level.
-        codebook_dim: Length of the vectors, D. With 0, what the model reads and predicts a code by is learned
-            for each code independently.
 
     Raises:
         ValueError: If there are too few blocks for the receptive field to cover the grid, or attention without gates.
@@ -504,7 +498,6 @@ class PixelCNN(keras.Model):
         use_position: bool = True,
         attention: int = 0,
         coarse_grid_size: Sequence[int] | None = None,
-        codebook_dim: int = 0,
         name: str = "prior",
         **kwargs: Any,
     ) -> None:
@@ -520,7 +513,6 @@ class PixelCNN(keras.Model):
             "gated": gated,
             "use_position": use_position,
             "attention": attention,
-            "codebook_dim": codebook_dim,
         }
         self.num_embeddings, self.grid_size = num_embeddings, tuple(grid_size)
         self.coarse_grid_size = tuple(coarse_grid_size) if coarse_grid_size else None
@@ -529,18 +521,7 @@ class PixelCNN(keras.Model):
         if attention and not gated:
             raise ValueError("the plain PixelCNN has no attention: set gated, or attention to 0")
         dilations = block_dilations(max(grid_size), self.FIRST_KERNEL, kernel_size, num_blocks)
-        self.embedding = keras.layers.Embedding(num_embeddings, codebook_dim or filters, name="embedding")
-        self.code_input, self.code_output = None, None
-        if codebook_dim:
-            self.code_input = keras.layers.Dense(filters, use_bias=False, name="code_input")
-            self.code_output = keras.Sequential(
-                [
-                    keras.Input((codebook_dim,)),
-                    keras.layers.Dense(filters, activation="relu", dtype="float32", name="hidden"),
-                    keras.layers.Dense(filters, dtype="float32", name="features"),
-                ],
-                name="code_output",
-            )
+        self.embedding = keras.layers.Embedding(num_embeddings, filters, name="embedding")
         self.slice_embedding = keras.layers.Dense(filters, activation="relu", name="slice_embedding")
         self.coarse_network = None
         if coarse_grid_size:
@@ -585,31 +566,14 @@ class PixelCNN(keras.Model):
             (B, h, w, K) float32.
         """
         condition = self.condition(inputs)
-        stacks = self.stem(self.embed(inputs["codes"]))
+        stacks = self.stem(self.embedding(inputs["codes"]))
         for block in self.blocks:
             stacks = block(stacks, condition, training=training)
-        return self.head(stacks[-1], self.code_features())
+        return self.head(stacks[-1])
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Return what the model reads of codes: (...) int32 -> (..., filters)."""
-        embedded = self.embedding(codes)
-        return embedded if self.code_input is None else self.code_input(embedded)
-
-    def code_features(self) -> Tensor | None:
-        """Return what each code is predicted by, (K, filters) float32, or None if that is not computed from vectors."""
-        return None if self.code_output is None else self.code_output(self.embedding(ops.arange(self.num_embeddings)))
-
-    def head(self, features: Tensor, code_features: Tensor | None) -> Tensor:
-        """Return the logits of features, given what `code_features` returns: (..., filters) -> (..., K) float32."""
-        hidden = self.hidden(ops.relu(features))
-        logits = self.logits(hidden)
-        if code_features is None:
-            return logits
-        return logits + ops.matmul(ops.cast(hidden, "float32"), ops.transpose(code_features))
-
-    def set_vectors(self, codebook: VectorQuantizer) -> None:
-        """Set the codes' vectors to those of a codebook; see `VectorQuantizer.standardized_vectors`."""
-        self.embedding.set_weights([codebook.standardized_vectors()])
+    def head(self, features: Tensor) -> Tensor:
+        """Return the logits of features: (..., filters) -> (..., K) float32."""
+        return self.logits(self.hidden(ops.relu(features)))
 
     def condition(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features that every block is conditioned on.

@@ -55,8 +55,6 @@ _EARLIER_WORK = {
     "augment": False,
     "crop": 0,
     "background_code": False,
-    "prior_uses_codebook": False,
-    "prior_dropout": 0.1,
     "prior_attention": 0,
     "bottom_prior_attention": 0,
     "prior_augment": False,

@@ -250,8 +250,7 @@ def cached_sampling(
     layers: list[CachedLayer] = [prior.stem, *prior.blocks]
     condition = prior.condition(conditioning)  # (B, h or 1, w or 1, filters)
     condition = ops.repeat(ops.transpose(condition, (1, 2, 0, 3)), height // condition.shape[1], axis=0)
-    code_features = prior.code_features()
-    nothing = ops.zeros((width, batch_size, prior.settings["filters"]))  # above and to the left of the grid
+    nothing = ops.zeros((width, batch_size, prior.embedding.output_dim))  # above and to the left of the grid
 
     def next_row(row: Tensor, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         codes, above, states = carried
@@ -267,13 +266,13 @@ def cached_sampling(
             for layer, state in zip(layers, states, strict=True):
                 state, horizontal = layer.cell(state, horizontal, column)
                 cell_states.append(state)
-            sampled = sample_cell(prior.head(horizontal, code_features), ops.take(row_inputs, column, axis=0))
-            return write(codes, column, sampled), prior.embed(sampled), cell_states
+            sampled = sample_cell(prior.head(horizontal), ops.take(row_inputs, column, axis=0))
+            return write(codes, column, sampled), prior.embedding(sampled), cell_states
 
         row_codes = ops.zeros((width, batch_size), dtype="int32")
         row_codes, _, row_states = ops.fori_loop(0, width, next_cell, (row_codes, nothing[0], row_states))
         kept = [{name: after[name] for name in before} for before, after in zip(states, row_states, strict=True)]
-        return write(codes, row, row_codes), prior.embed(row_codes), kept
+        return write(codes, row, row_codes), prior.embedding(row_codes), kept
 
     codes = ops.zeros((height, width, batch_size), dtype="int32")
     states = [layer.start(batch_size, prior.grid_size) for layer in layers]

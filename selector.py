@@ -92,12 +92,13 @@ class Selector(keras.Model):
     def untrained(cls, vqvae: model.VQVAE, **settings: Any) -> "Selector":
         """Return a selector for the codes of a VQ-VAE; see the class. Uses the global random seed.
 
-        Its embeddings begin as the codebook vectors; see `VectorQuantizer.standardized_vectors`.
+        Its embeddings begin as the codebook vectors, shifted and scaled to mean 0 and variance 1.
         """
         settings |= {name: vqvae.settings[name] for name in ("num_embeddings", "grids", "embedding_dim")}
         selector = cls(**settings)
         for embedding, quantizer in zip(selector.embeddings, vqvae.quantizers, strict=True):
-            embedding.set_weights([quantizer.standardized_vectors()])
+            vectors = ops.convert_to_numpy(quantizer.embeddings)
+            embedding.set_weights([(vectors - vectors.mean()) / max(vectors.std(), 1e-6)])
         return selector
 
     def call(self, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor:

@@ -72,10 +72,10 @@ def make_vqvae(config: Any, data_variance: float) -> model.VQVAE:
     )
 
 
-def make_critic(config: Any, level: int = 0, vqvae: model.VQVAE | None = None) -> model.PixelCNN:
+def make_critic(config: Any, level: int = 0) -> model.PixelCNN:
     """The untrained critic of a level: a gated prior with half of the prior's channels, and weights of its own."""
     filters = {name: max(getattr(config, name) // 2, 8) for name in ("prior_filters", "bottom_prior_filters")}
-    return make_prior(dataclasses.replace(config, prior="gated", **filters), level, vqvae, "weights of the critic")
+    return make_prior(dataclasses.replace(config, prior="gated", **filters), level, "weights of the critic")
 
 
 def critic_epochs(config: Any) -> int:
@@ -83,20 +83,11 @@ def critic_epochs(config: Any) -> int:
     return max(1, config.prior_epochs // 2)
 
 
-def make_prior(
-    config: Any, level: int = 0, vqvae: model.VQVAE | None = None, purpose: str = "weights of the prior"
-) -> model.PixelCNN:
-    """The untrained prior of a level.
-
-    Args:
-        config: The constants.
-        level: The level; 0 is the coarsest.
-        vqvae: The VQ-VAE whose codebook the prior begins with, if it uses one.
-        purpose: Name of the stream of its initial weights.
-    """
+def make_prior(config: Any, level: int = 0, purpose: str = "weights of the prior") -> model.PixelCNN:
+    """The untrained prior of a level; level 0 is the coarsest. `purpose` names the stream of its initial weights."""
     keras.utils.set_random_seed(seeds.number(config.seed, purpose, level))
     attention, gated = config.bottom_prior_attention if level else config.prior_attention, config.prior == "gated"
-    prior = model.PixelCNN(
+    return model.PixelCNN(
         num_embeddings=config.num_embeddings,
         grid_size=(config.grids[level],) * 2,
         filters=config.bottom_prior_filters if level else config.prior_filters,
@@ -107,11 +98,7 @@ def make_prior(
         use_position=config.prior_uses_position,
         attention=attention if gated else 0,
         coarse_grid_size=(config.grids[level - 1],) * 2 if level else None,
-        codebook_dim=config.embedding_dim if config.prior_uses_codebook else 0,
     )
-    if vqvae and config.prior_uses_codebook:
-        prior.set_vectors(vqvae.quantizers[level])
-    return prior
 
 
 def make_selector(config: Any, vqvae: model.VQVAE) -> Selector:
@@ -179,7 +166,7 @@ def prior_stage(config: Any, slices: Slices, codes: Codes, generator: Generator,
     validation = inputs(codes["validate"], slices["validate"].positions)
     return Stage(
         name=names[level],
-        make=lambda: (make_critic if critic else make_prior)(config, level, generator.vqvae),
+        make=lambda: make_critic(config, level) if critic else make_prior(config, level),
         batches=batches,
         validation=lambda: dataset.input_batches(validation, "codes", config.batch_size, shard=shard),
         steps=dataset.steps_per_epoch(len(positions), config.batch_size),

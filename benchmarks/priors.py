@@ -74,33 +74,29 @@ class Variant:
     soft_targets: float = 0.0
 
 
-def variants(config: driver.Config, level: int, vqvae: model.VQVAE) -> dict[str, Variant]:
-    """Return the priors of a level of a VQ-VAE to compare, by name."""
+def variants(config: driver.Config, level: int) -> dict[str, Variant]:
+    """Return the priors to compare, by name."""
     filters, attention = (f"{'bottom_' if level else ''}{name}" for name in ("prior_filters", "prior_attention"))
 
     def variant(**constants: Any) -> Variant:
         changed = dataclasses.replace(config, **constants)
-        return Variant(changed, lambda: stages.make_prior(changed, level, vqvae))
+        return Variant(changed, lambda: stages.make_prior(changed, level))
 
     def without_dilation() -> model.PixelCNN:
         with mock.patch.object(model, "block_dilations", lambda grid, first, kernel, blocks: [1] * blocks):
-            return stages.make_prior(config, level, vqvae)
+            return stages.make_prior(config, level)
 
     def without_top_level() -> model.PixelCNN:
         settings: dict[str, Any] = {**stages.make_prior(config, level).settings, "coarse_grid_size": None}
         keras.utils.set_random_seed(config.seed)
-        prior = model.PixelCNN(**settings)
-        if config.prior_uses_codebook:
-            prior.set_vectors(vqvae.quantizers[level])
-        return prior
+        return model.PixelCNN(**settings)
 
     usual = variant()
     priors = {
         "as configured": usual,
-        "as in version 1": variant(prior_augment=False, prior_dropout=0.2, prior_uses_codebook=False, **{attention: 0}),
+        "as in version 1": variant(prior_augment=False, prior_dropout=0.2, **{attention: 0}),
         "without augmentation": variant(prior_augment=False),
         "without attention": variant(**{attention: 0}),
-        "without codebook vectors": variant(prior_uses_codebook=False),
         "plain": variant(prior="plain", **{attention: 0}),
         "weight average 0.99": dataclasses.replace(usual, momentum=0.99),
         "weight decay 0.05": dataclasses.replace(usual, weight_decay=0.05),
@@ -130,7 +126,7 @@ def main(options: Options) -> dict[str, Any]:
         raise RunError(f"data_dir is {config.data_dir}: other slices than {options.run_dir} was trained on")
     generator = RememberingGenerator.load(options.run_dir)
     codes = {split: generator.encode(split_slices.images) for split, split_slices in slices.items()}
-    known = tuple(variants(config, options.level, generator.vqvae))
+    known = tuple(variants(config, options.level))
     names = options.variants or known
     if unknown := set(names) - set(known):
         raise ConfigError(f"--variants {unknown.pop()}: no such variant; choose from {', '.join(known)}")
@@ -144,7 +140,7 @@ def main(options: Options) -> dict[str, Any]:
         seconds, measured, on_training = [], [], []
         for seed in range(config.seed, config.seed + options.seeds):
             start = time.monotonic()
-            variant = variants(dataclasses.replace(config, seed=seed), options.level, generator.vqvae)[name]
+            variant = variants(dataclasses.replace(config, seed=seed), options.level)[name]
             prior = train_prior(variant, slices, codes, generator, options)
             seconds.append((time.monotonic() - start) / options.epochs)
             measured.append(measure(prior, generator, codes, slices, options.split, options.level))

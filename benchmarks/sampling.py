@@ -126,8 +126,6 @@ def operations_per_grid(prior: PixelCNN) -> float:
     """
     weights = sum(math.prod(weight.shape) for weight in prior.trainable_variables if len(weight.shape) in (2, 4))
     weights -= math.prod(prior.embedding.embeddings.shape)  # Looked up.
-    if prior.code_output:
-        weights -= sum(math.prod(weight.shape) for weight in prior.code_output.weights)  # Used once per batch.
     conditioned = [block for block in prior.blocks if hasattr(block, "condition")]
     weights -= sum(math.prod(block.condition.kernel.shape) for block in conditioned)  # Used once per grid.
     return 2.0 * weights * math.prod(prior.grid_size)

@@ -31,15 +31,14 @@ def with_random_weights(network: keras.Model) -> keras.Model:
 
 
 def make(grids: tuple[int, ...], **settings: Any) -> Generator:
-    """Networks with one level of codes; or with two, a code for background, attention, and priors with code vectors."""
+    """Networks with one level of codes; or with two, a code for background, and attention."""
     background = {"background_threshold": 0.05} if len(grids) > 1 else {}
     settings = {"channels": 8, "num_embeddings": 16, "embedding_dim": 4, **background, **settings}
     vqvae = with_random_weights(model.VQVAE(32, grids, **settings))
     for quantizer in vqvae.quantizers if background else []:
         quantizer.embeddings.assign(np.concatenate([np.zeros((1, 4)), quantizer.embeddings[1:]]))
-    more = {"attention": 1, "codebook_dim": 4} if len(grids) > 1 else {}
     priors = [
-        model.PixelCNN(16, (grid, grid), filters=8, num_blocks=3, coarse_grid_size=coarse, **more)
+        model.PixelCNN(16, (grid, grid), filters=8, num_blocks=3, coarse_grid_size=coarse, attention=len(grids) - 1)
         for grid, coarse in zip(grids, [None, *[(grid, grid) for grid in grids]], strict=False)
     ]
     return Generator(vqvae, [with_random_weights(prior) for prior in priors], [0, 1, 2], 2)

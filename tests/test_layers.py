@@ -183,17 +183,6 @@ def test_unused_code_keeps_its_vector_without_replacement():
     np.testing.assert_allclose(ops.convert_to_numpy(layer.embeddings)[-1], 1000.0)
 
 
-def test_standardized_vectors_differ_from_the_codebook_by_a_shift_and_a_scale():
-    layer = layers.VectorQuantizer(6, 3)
-    layer.build((None, 3))
-    layer.embeddings.assign(RNG.normal([1, 2, 3], [1, 2, 3], (6, 3)))
-    vectors = layer.standardized_vectors()
-    np.testing.assert_allclose(vectors.mean(axis=0), 0, atol=1e-6)
-    assert vectors.std() == pytest.approx(1, abs=1e-5)
-    scales = np.diff(ops.convert_to_numpy(layer.embeddings), axis=0) / np.diff(vectors, axis=0)
-    np.testing.assert_allclose(scales, scales[0, 0], rtol=1e-4)
-
-
 def test_unknown_codebook_is_refused():
     with pytest.raises(ValueError, match="codebook is 'none'.*ema.*gradient"):
         make_quantizer(codebook="none")

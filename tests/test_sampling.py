@@ -17,15 +17,11 @@ def random_prior(*arguments, **settings) -> model.PixelCNN:
     return prior
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(True, 0, 0), (False, 0, 0), (True, 2, 4)],
-    ids=["gated", "plain", "attention and vectors"],
-)
+@pytest.fixture(scope="module", params=[(True, 0), (False, 0), (True, 2)], ids=["gated", "plain", "attention"])
 def prior(request) -> model.PixelCNN:
     """Shared by all tests, because compiling its sampling takes longer than sampling."""
-    gated, attention, dim = request.param
-    return random_prior(8, (3, 5), filters=16, num_blocks=2, gated=gated, attention=attention, codebook_dim=dim)
+    gated, attention = request.param
+    return random_prior(8, (3, 5), filters=16, num_blocks=2, gated=gated, attention=attention)
 
 
 CONDITIONING = {"positions": np.array([1, 5, 9, 5, 1], np.int32)}

@@ -110,18 +110,6 @@ def test_validation_and_priors_without_augmentation_use_the_codes_of_the_slices(
         assert np.array_equal(targets, codes["validate"][level])
 
 
-@pytest.mark.parametrize("critic", [False, True])
-def test_priors_begin_with_the_codebook_of_their_level(encoded, critic):
-    config, slices, encoder, codes = encoded
-    made = prior_stages(config, slices, codes, encoder, critic)
-    for stage, quantizer in zip(made, encoder.vqvae.quantizers, strict=True):
-        (vectors,) = stage.make().embedding.get_weights()
-        np.testing.assert_array_equal(vectors, quantizer.standardized_vectors())
-    config = dataclasses.replace(config, prior_uses_codebook=False)
-    (vectors,) = prior_stages(config, slices, codes, encoder, critic)[0].make().embedding.get_weights()
-    assert vectors.shape == (16, 8)  # as many features as the model has filters
-
-
 @pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (2, 1), (5, 2), (8, 4)])
 def test_critics_are_trained_for_half_of_the_epochs(encoded, epochs, expected):
     config = dataclasses.replace(encoded[0], prior_epochs=epochs)
