@@ -112,14 +112,12 @@ class Studio:
         return {
             "name": self.name,
             "size": vqvae.image_size,
-            "crop": self.generator.crop,
             "grids": list(vqvae.grids),
             "codes": self.generator.num_embeddings,
             "positions": self.generator.positions.tolist(),
             "sharp": self.generator.decoder is not None,
             "levels": list(self.generator.level_names),
             "drafts": editing.NUM_CANDIDATES,
-            "max_images": MAX_IMAGES,
             "max_bits": MAX_BITS,
             "unseen": {"counts": np.asarray(counts).tolist(), "edges": np.asarray(edges).tolist()},
         }

@@ -15,7 +15,7 @@ NUM_WAVES = 2  # Waves per axis of the smooth deformation.
 NUM_PARAMETERS = 5 + 2 * NUM_WAVES**2  # Numbers that describe the augmentation of one image.
 
 
-def draw(count: int | tf.Tensor, seed: int | None, step: int | tf.Tensor) -> dict[str, tf.Tensor]:
+def draw(count: int | tf.Tensor, seed: int, step: int | tf.Tensor) -> dict[str, tf.Tensor]:
     """Draw the parameters of random augmentations. Every image is flipped or not; half of them are warped.
 
     With only about a hundred subjects to train on, the networks overfit without augmentation. Warping interpolates, so
@@ -35,7 +35,7 @@ def draw(count: int | tf.Tensor, seed: int | None, step: int | tf.Tensor) -> dic
         - bend_x, bend_y: (count, NUM_WAVES²), amplitudes of the waves of a smooth deformation; see `apply`.
         - gain: Factor of the intensity, 1 ± `MAX_GAIN`.
     """
-    key = tf.stack([seeds.number(seed or 0, "augmentation"), tf.cast(step, tf.int32)])
+    key = tf.stack([seeds.number(seed, "augmentation"), tf.cast(step, tf.int32)])
     numbers = tf.random.stateless_uniform((NUM_PARAMETERS + 1, count), key, -1, 1)
     side, warp, angle, scale_x, scale_y, gain = tf.unstack(numbers[:6])
     bend_x, bend_y = tf.split(tf.transpose(numbers[6:]), 2, axis=1)

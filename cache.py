@@ -128,7 +128,6 @@ def _remove_leftovers(folder: Path, name: str) -> None:
 
     Processes that are still writing hold the locks of the others.
     """
-    remove(folder / (UNFINISHED + name))
     for leftover in folder.glob(f"{UNFINISHED}*"):
         lock = filelock.FileLock(folder / f"{leftover.name.removeprefix(UNFINISHED)}.lock")
         with contextlib.suppress(filelock.Timeout, OSError), lock.acquire(timeout=0):

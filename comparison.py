@@ -17,7 +17,7 @@ from scipy import ndimage
 import metrics
 import seeds
 import two_sample
-from dataset import Slices, to_uint8
+from dataset import Slices, to_float, to_uint8
 from generator import Results
 from pngs import BRAIN_THRESHOLD
 
@@ -151,9 +151,9 @@ class Comparison:
         results, seed, remember: See `compare`.
 
     Attributes:
-        real: The real slices.
-        decoded: Their reconstructions.
-        train: Those of the training subjects.
+        real: The real slices, by split.
+        decoded: The same with their reconstructions as images.
+        train: `real["train"]`.
         pairs: (P, 2) indices of test slices at the same position that show different subjects.
     """
 
@@ -171,7 +171,7 @@ class Comparison:
         self.whiten = two_sample.whitening(two_sample.random_features(self.train.images))
         self.features = self._features(test.images)
         self.train_features = self._features(self.train.decoded)
-        self.power = metrics.power_spectrum(test.images / np.float32(255))
+        self.power = metrics.power_spectrum(to_float(test.images))
         self._image_classifiers: dict[int, keras.Model] = {}  # by the size of the images
         self._measured_codes: dict[tuple[bytes, ...], tuple[np.ndarray, dict[str, np.ndarray]]] = {}
         self.surprise, self.distances = self._measure_codes(test)
@@ -238,7 +238,7 @@ class Comparison:
 
     def _spoil(self, part: Part, name: str, split: str) -> Part:
         """Blur images or add noise, depending on the name of the control. The codes are left out."""
-        clean = part.images / np.float32(255)
+        clean = to_float(part.images)
         random = seeds.generator(self.seed, f"{name} of {split}")
         images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, random))
         return replace(part, images=images, codes=[], decoded=part.decoded[:0])
@@ -347,7 +347,7 @@ class Comparison:
             **two_sample.prdc(self.features, features, *subjects),
             **two_sample.mmd2(self.features, features, *subjects),
             "ms_ssim_of_pairs": ms_ssim_of_pairs(fakes.images, self.pairs),
-            **metrics.power_ratios(self.power, metrics.power_spectrum(fakes.images / np.float32(255))),
+            **metrics.power_ratios(self.power, metrics.power_spectrum(to_float(fakes.images))),
             "code_hamming": float(distances["codes"].mean()),
             **two_sample.nearest_neighbour_metrics(distances, self.distances),
         }
@@ -636,7 +636,7 @@ def random_pairs(positions: np.ndarray, subjects: np.ndarray, seed: int, rounds:
 
 def ms_ssim_of_pairs(images: np.ndarray, pairs: np.ndarray) -> float:
     """Return the mean MS-SSIM of pairs (P, 2) of uint8 images; higher is less varied. NaN if there are no pairs."""
-    x, y = (images[pairs[:, side]] / np.float32(255) for side in (0, 1))
+    x, y = (to_float(images[pairs[:, side]]) for side in (0, 1))
     return float(metrics.ms_ssim(x, y).mean()) if len(pairs) else math.nan
 
 

@@ -324,22 +324,33 @@ def find(data_dir: Path, seed: int = 0) -> dict[str, list[SliceFile]]:
 
 
 def _find_split_folders(data_dir: Path) -> dict[str, Path]:
-    """Return the folder of each split, or {} if there are none. Raises `DataError` if only some exist."""
+    """Return the folder of each split, or {} if there are none.
+
+    Raises:
+        DataError: Only some splits have a folder, or one split has several.
+    """
     parent = data_dir.resolve().parent
     candidates = [data_dir, *_subfolders(data_dir)]
     if naming.split_of_folder(data_dir.resolve().name):
         candidates.append(parent)
-    best: dict[str, Path] = {}
+    best: dict[str, list[Path]] = {}
     best_parent = data_dir
     for candidate in candidates:
-        folders = {split: child for child in _subfolders(candidate) if (split := naming.split_of_folder(child.name))}
+        folders: dict[str, list[Path]] = {}
+        for child in _subfolders(candidate):
+            if split := naming.split_of_folder(child.name):
+                folders.setdefault(split, []).append(child)
         if len(folders) > len(best):
             best, best_parent = folders, candidate
     if len(best) == len(naming.SPLITS):
-        return best
+        for split, several in best.items():
+            if len(several) > 1:
+                found = " and ".join(folder.name for folder in several)
+                raise DataError(f"{best_parent}: contains {found}, all for the {split} split; move their PNGs into one")
+        return {split: folder for split, (folder,) in best.items()}
     if best and best_parent != parent:
         missing = " and no ".join(split for split in naming.SPLITS if split not in best)
-        found = ", ".join(folder.name for folder in best.values())
+        found = ", ".join(folder.name for several in best.values() for folder in several)
         problem = f"contains {found} but no {missing} folder"
         raise DataError(f"{best_parent}: {problem}; add it, or put all PNGs into one folder")
     return {}
@@ -385,10 +396,10 @@ def _describe_content(folder: Path) -> str:
     files = [Path(place, name).relative_to(folder) for place, _, names in walk for name in names]
     if any(naming.is_volume(file.name) or naming.is_archive(file.name) for file in files):
         return _convert_volumes(folder)
-    pngs = [file for file in files if file.name.lower().endswith(".png")]
-    if any(not any(map(naming.is_mask, file.parts)) for file in pngs):
+    slices = [file for file in files if file.name.lower().endswith(".png")]
+    if any(not any(map(naming.is_mask, file.parts)) for file in slices):
         return f"contains PNGs only more than one level below; {_SET_DATA_DIR}"
-    found = "contains only masks, no slices" if pngs else "contains no PNG files" if files else "is empty"
+    found = "contains only masks, no slices" if slices else "contains no PNG files" if files else "is empty"
     return f"{found}; {_SET_DATA_DIR}"
 
 
@@ -522,6 +533,7 @@ def image_batches(
         images, positions = batch
         images = tf.cast(images, tf.float32) / 255
         if augmented:
+            assert seed is not None
             number = tf.shape(images)[0]
             parameters = augmentation.draw(count * number, seed, step)
             own = slice(index * number, (index + 1) * number)

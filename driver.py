@@ -112,7 +112,7 @@ import seeds
 import stages
 import training
 from generator import Generator, Results, code_files, make_samples
-from run import LAST_RESULT, Run, remove, versions, write_json, write_table
+from run import LAST_RESULT, Run, remove, versions, without_nan, write_json, write_table
 from stages import Codes, Slices
 
 # ------------------------------------------------------------------------------------------------ the steps
@@ -140,7 +140,7 @@ def main(config: Config) -> dict[str, Any]:
         with run.start(fingerprint, found, **facts) if run else contextlib.nullcontext():
             if devices.broadcast_from_main(run is not None and run.is_complete()):
                 print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
-                return summarize(config, run) if run else {}
+                return finish(config, run) if run else {}
             encoder, codes = train_vqvae(config, run, slices)
             generator = train_priors(config, run, slices, codes, encoder)
             generator = train_selector(config, run, slices, codes, generator)
@@ -228,8 +228,8 @@ def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str
         run.make(f"images/{picture.name}.png", inputs, lambda path, picture=picture: picture.draw(path, results))
     inputs += [*(f"images/{picture.name}.png" for picture in shown), "configuration"]
     constants = options.to_json(config)
-    run.make(LAST_RESULT, inputs, lambda path: report.write(path, run.folder.name, constants, results))
-    return summarize(config, run)
+    run.make(LAST_RESULT, inputs, lambda path: report.write(path, run.folder.resolve().name, constants, results))
+    return finish(config, run)
 
 
 def measure(
@@ -240,11 +240,11 @@ def measure(
     numbers, rows = metrics.measure(results)
     print("comparing samples with the test split")
     compared = comparison.compare(results, config.seed, lambda name, compute: run.remember(name, made_from, compute))
-    write_json(numbers_path, metrics.without_nan(numbers | compared))
+    write_json(numbers_path, without_nan(numbers | compared))
     write_table(slices_path, rows)
 
 
-def summarize(config: Config, run: Run) -> dict[str, Any]:
+def finish(config: Config, run: Run) -> dict[str, Any]:
     """Remove the checkpoints, and print the main findings and where the results are. Returns the metrics."""
     remove(run.checkpoint_folder)
     numbers, history = run.read_metrics(), run.history
@@ -270,10 +270,7 @@ def make_results(
     positions["codes"] = sample_positions(config, slices)
     arguments = options.sampling_arguments(config)
     samples = {
-        name: make_samples(
-            run, name, generator, wanted, arguments | {"purpose": name.replace("codes", "samples")}, made_from
-        )
-        for name, wanted in positions.items()
+        name: make_samples(run, name, generator, wanted, arguments, made_from) for name, wanted in positions.items()
     }
     results = Results(
         generator=generator,

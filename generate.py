@@ -19,6 +19,7 @@ if __name__ == "__main__":
 console.import_tensorflow()
 
 import csv
+import itertools
 import json
 import sys
 import zipfile
@@ -191,9 +192,8 @@ def reconstruct(generator: Generator, options: Options, source: Path, folder: Pa
     if not paths:
         raise GenerateError(f"--reconstruct {source}: contains no PNGs; give a PNG or a folder of PNGs")
     size = generator.vqvae.image_size
-    images, decoded = pngs.decode_all(paths, size, options.skip_broken_slices, generator.crop)
-    readable = [i for i, png in enumerate(decoded) if png is not None]
-    images, paths = images[readable], [paths[i] for i in readable]
+    images, is_readable = pngs.decode_all(paths, size, options.skip_broken_slices, generator.crop)
+    images, paths = images[is_readable], list(itertools.compress(paths, is_readable))
     if not paths:
         raise GenerateError(f"--reconstruct {source}: none of its PNGs can be read; replace them")
     codes = generator.encode(images)
@@ -214,12 +214,12 @@ def reconstruct(generator: Generator, options: Options, source: Path, folder: Pa
 
 def bits_of(generator: Generator, codes: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
     """Bits of each slice's codes at the position in its file's name, averaged over all positions if there is none."""
-    bits = generator.bits_of_codes(codes)
-    positions = {i: naming.slice_position(Path(name).name) for i, name in enumerate(names)}
-    known = {i: position for i, position in positions.items() if position in generator.positions.tolist()}
-    if known:
-        index = list(known)
-        bits[index] = generator.bits_of_codes([level[index] for level in codes], np.array(list(known.values())))
+    found = [naming.slice_position(Path(name).name) for name in names]
+    positions = np.array([-1 if position is None else position for position in found], np.int32)
+    known, bits = np.isin(positions, generator.positions), np.empty(len(names))
+    for chosen, given in ((known, positions[known]), (~known, None)):
+        if chosen.any():
+            bits[chosen] = generator.bits_of_codes([level[chosen] for level in codes], given)
     return bits
 
 
@@ -235,7 +235,13 @@ def compact(generator: Generator, run_dir: Path, folder: Path) -> None:
     networks |= {"selector": generator.selector} if generator.selector else {}
     networks |= {"decoder": generator.decoder} if generator.decoder else {}
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    config["constants"] |= {"data_dir": None, "start_from": None, "keep": []}
+    config["constants"] |= {
+        "data_dir": None,
+        "start_from": None,
+        "keep": [],
+        "sharp_samples": generator.decoder is not None,
+        "num_candidates": generator.num_candidates,
+    }
     with atomic_path(folder) as unfinished:
         unfinished.mkdir()
         for name, network in networks.items():

@@ -520,7 +520,12 @@ def code_files(name: str, num_levels: int) -> list[str]:
 
 
 def make_samples(
-    run: Run, name: str, generator: Generator, positions: np.ndarray, sampling: dict[str, Any], made_from: Sequence[str]
+    run: Run,
+    name: str,
+    generator: Generator,
+    positions: np.ndarray,
+    arguments: dict[str, Any],
+    made_from: Sequence[str],
 ) -> Samples:
     """Samples whose codes are in the `code_files` of a run. The codes are sampled if these files are not up to date.
 
@@ -529,21 +534,23 @@ def make_samples(
         name: Name of the files, as in "codes".
         generator: The trained networks.
         positions: (N,) int32 slice positions.
-        sampling: Keyword arguments of `Generator.sample_codes` other than the positions.
+        arguments: Keyword arguments of `Generator.sample_codes` other than the positions and the purpose.
         made_from: Names of the networks and facts that determine the samples; see `Run.make`.
     """
-    files = code_files(name, len(generator.level_names))
+    files, purpose = code_files(name, len(generator.level_names)), name.replace("codes", "samples")
 
     def write(*paths: Path) -> None:
         print(f"sampling {len(positions)} slices")
-        for path, indices in zip(paths, generator.sample_codes(positions, **sampling), strict=True):
+        drawn = generator.sample_codes(positions, **arguments, purpose=purpose)
+        for path, indices in zip(paths, drawn, strict=True):
             np.save(path, indices)
 
     run.make(files, made_from, write)
     codes = [np.load(run.folder / file) for file in files]
-    noise = {name: sampling[name] for name in ("seed", "purpose") if name in sampling}
     images = run.remember(
-        f"images of {name}", [*made_from, *files], lambda: dataset.to_uint8(generator.draw(codes, **noise))
+        f"images of {name}",
+        [*made_from, *files],
+        lambda: dataset.to_uint8(generator.draw(codes, arguments["seed"], purpose)),
     )
     return Samples(images, codes, positions)
 

@@ -21,29 +21,26 @@ PACKAGE = "oasis_vqvae"  # package name under which the classes are registered i
 Tensor: TypeAlias = Any  # a tensor of the backend, or anything that the backend converts to one
 Shape: TypeAlias = tuple[int | None, ...]
 
+WINDOW_SIGMA, WINDOW_RADIUS = 1.5, 5  # of the Gaussian window of SSIM, in pixels; it spans 11 x 11 of them
+
 
 # ------------------------------------------------------------------------------------------------- SSIM
 
 
-def gaussian_matrix(size: int, sigma: float = 1.5, radius: int = 5) -> np.ndarray:
-    """Return the matrix that filters a vector with a Gaussian window.
+def gaussian_matrix(size: int) -> np.ndarray:
+    """Return the matrix that filters a vector of this length with the Gaussian window of SSIM, mirrored at its ends.
 
     `matrix @ image @ matrix.T` applies the separable filter to a square image. Two matrix products are faster than a
     convolution with a single channel on every backend.
 
-    Args:
-        size: Length of the vector.
-        sigma: Standard deviation of the window in pixels.
-        radius: Half width of the window, which spans 2 · radius + 1 pixels. The signal is mirrored at its ends.
-
     Returns:
         (size, size) float32.
     """
-    offsets = np.arange(-radius, radius + 1)
-    window = np.exp(-0.5 * (offsets / sigma) ** 2)
+    offsets = np.arange(-WINDOW_RADIUS, WINDOW_RADIUS + 1)
+    window = np.exp(-0.5 * (offsets / WINDOW_SIGMA) ** 2)
     window /= window.sum()
-    mirrored = np.pad(np.arange(size), radius, mode="symmetric")
-    source = mirrored[np.arange(size)[:, None] + radius + offsets]  # (size, window)
+    mirrored = np.pad(np.arange(size), WINDOW_RADIUS, mode="symmetric")
+    source = mirrored[np.arange(size)[:, None] + WINDOW_RADIUS + offsets]  # (size, window)
     matrix = np.zeros((size, size))
     np.add.at(matrix, (np.arange(size)[:, None], source), window)
     return matrix.astype(np.float32)
@@ -108,7 +105,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Like scikit-image, this leaves out the 5 pixels at each edge, whose windows extend beyond the image.
     """
-    return ops.mean(ssim_map(x, y)[:, 5:-5, 5:-5], axis=(1, 2))
+    return ops.mean(ssim_map(x, y)[:, WINDOW_RADIUS:-WINDOW_RADIUS, WINDOW_RADIUS:-WINDOW_RADIUS], axis=(1, 2))
 
 
 # --------------------------------------------------------------------------------------------- slice positions

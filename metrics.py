@@ -13,8 +13,9 @@ from skimage.metrics import structural_similarity
 
 import model
 import two_sample
-from dataset import Slices, to_uint8
+from dataset import Slices, to_float, to_uint8
 from generator import Results
+from layers import WINDOW_RADIUS
 from pngs import BRAIN_THRESHOLD
 
 RECONSTRUCTION_METRICS = ("ssim", "ssim_brain", "ms_ssim", "psnr_db", "mae")  # One number per slice each.
@@ -35,8 +36,6 @@ def measure(results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
         The `slice_rows` of the test split.
     """
-    drawn = results.sharp_reconstructions
-    sharp = whole_slices(replace(results, reconstructions={"test": drawn})) if drawn is not None else None
     results = whole_slices(results)
     test, reconstructions = results.slices["test"], results.reconstructions["test"]
     by_slice, nats = metrics_by_slice(test.images, reconstructions), nats_by_split(results)
@@ -48,8 +47,7 @@ def measure(results: Results) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         **reconstruction_metrics(test, reconstructions, by_slice),
         **code_and_prior_metrics(results, nats),
     }
-    if sharp:
-        drawn, test = sharp.reconstructions["test"], sharp.slices["test"]
+    if (drawn := results.sharp_reconstructions) is not None:
         numbers["sharp"] = reconstruction_metrics(test, drawn, metrics_by_slice(test.images, drawn))
     if results.generator.candidates > 1:
         bits = results.generator.selector_bits(results.codes["test"], test.positions, results.sampling["seed"])
@@ -77,15 +75,6 @@ def slice_rows(results: Results, by_slice: dict[str, np.ndarray], nats: list[np.
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def without_nan(value: Any) -> Any:
-    """Replace NaN and infinity by None in nested dictionaries and lists, because JSON has neither."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # -------------------------------------------------------------------------------------- reconstructions
 
 
@@ -103,14 +92,16 @@ def whole_slices(results: Results) -> Results:
         margin = frame_size - images.shape[1]
         return np.pad(images, ((0, 0), *2 * [(margin // 2, margin - margin // 2)], (0, 0)))
 
-    slices, reconstructions = dict(results.slices), dict(results.reconstructions)
+    slices, reconstructions, drawn = dict(results.slices), dict(results.reconstructions), results.sharp_reconstructions
     if not any(part.frame_size for part in slices.values()):
         return results
+    if drawn is not None:
+        drawn = framed(drawn, slices["test"].frame_size)
     for split, images in reconstructions.items():
         size = slices[split].frame_size
         reconstructions[split] = framed(images, size)
         slices[split] = replace(slices[split], images=framed(slices[split].images, size))
-    return replace(results, slices=slices, reconstructions=reconstructions)
+    return replace(results, slices=slices, reconstructions=reconstructions, sharp_reconstructions=drawn)
 
 
 def reconstruction_metrics(
@@ -147,7 +138,7 @@ def reconstruction_metrics(
         {"index": int(i), "subject": str(subjects[i]), "position": int(positions[i]), **means(np.array([i]))}
         for i in worst
     ]
-    spectra = power_spectrum(slices.images / np.float32(255)), power_spectrum(reconstructions)
+    spectra = power_spectrum(to_float(slices.images)), power_spectrum(reconstructions)
     return {**numbers, "half_power_frequency": half_power_frequency(*spectra), **power_ratios(*spectra)}
 
 
@@ -171,14 +162,14 @@ def metrics_by_slice(originals: np.ndarray, reconstructions: np.ndarray) -> dict
     """
     values: dict[str, Any] = {name: [] for name in RECONSTRUCTION_METRICS}
     for original, reconstruction in zip(originals, reconstructions, strict=True):
-        original, reconstruction = original[..., 0] / np.float32(255), np.clip(reconstruction[..., 0], 0, 1)
+        original, reconstruction = to_float(original[..., 0]), np.clip(reconstruction[..., 0], 0, 1)
         similarity, brain = ssim_map(original, reconstruction), original > BRAIN_THRESHOLD
         error = original.astype(np.float64) - reconstruction
-        values["ssim"].append(similarity[5:-5, 5:-5].mean())
+        values["ssim"].append(similarity[WINDOW_RADIUS:-WINDOW_RADIUS, WINDOW_RADIUS:-WINDOW_RADIUS].mean())
         values["ssim_brain"].append(similarity[brain].mean() if brain.any() else math.nan)
         values["psnr_db"].append(-10 * math.log10(max(np.mean(error**2), 1e-10)))
         values["mae"].append(np.abs(error).mean())
-    values["ms_ssim"] = ms_ssim(originals / np.float32(255), np.clip(reconstructions, 0, 1))
+    values["ms_ssim"] = ms_ssim(to_float(originals), np.clip(reconstructions, 0, 1))
     return {name: np.array(value, np.float64) for name, value in values.items()}
 
 

@@ -278,16 +278,6 @@ class VQVAE(keras.Model):
             uniforms = uniforms[index * batch_size : (index + 1) * batch_size]
         return ops.where(uniforms < self.bottom_dropout, mean, quantized)
 
-    @property
-    def image_decoder(self) -> keras.Sequential:
-        """The decoder that outputs images, the only part that the codes of images do not depend on.
-
-        To train it alone:
-
-            for layer in vqvae.layers: layer.trainable = layer is vqvae.image_decoder
-        """
-        return self.decoders[-1]
-
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the output of every encoder, (B, h, w, C) for each level, coarsest first.
 

@@ -260,11 +260,6 @@ def to_json(config: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in constants.items()}
 
 
-def from_json(config_class: type[Config], constants: dict[str, Any]) -> Config:
-    """The configuration that `to_json` has made JSON of; runtime fields have their default values."""
-    return config_class(**constants)
-
-
 # -------------------------------------------------------------------------------------------------- checks
 
 

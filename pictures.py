@@ -199,13 +199,11 @@ def _draw_sharp_reconstructions(path: Path, results: Results) -> None:
 
 def _draw_invented_detail(path: Path, results: Results) -> None:
     index, originals, labels = _shown(results)
-    chosen = index[:: max(1, len(index) // 3)][:3]
-    drawn = [
-        results.generator.draw([np.repeat(level[i : i + 1], NUM_NOISES, axis=0) for level in results.codes["test"]])
-        for i in chosen
-    ]
-    originals, labels = to_float(results.slices["test"].images[chosen]), [labels[list(index).index(i)] for i in chosen]
-    plots.invented_detail(path, originals, np.stack(drawn), labels, results.note)
+    shown = list(range(0, len(index), max(1, len(index) // 3)))[:3]
+    repeated = [np.repeat(level[index[shown]], NUM_NOISES, axis=0) for level in results.codes["test"]]
+    drawn = results.generator.draw(repeated, results.sampling["seed"], "invented detail")
+    drawn = drawn.reshape(len(shown), NUM_NOISES, *drawn.shape[1:])
+    plots.invented_detail(path, originals[shown], drawn, [labels[i] for i in shown], results.note)
 
 
 def blind_test(results: Results) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -203,28 +203,34 @@ def invented_detail(
 def samples(path: Path, images: np.ndarray, positions: np.ndarray, note: str = "") -> None:
     """Draw generated slices in a grid; images (N, H, W, 1) in [0, 1], positions (N,)."""
     columns = min(10, max(5, int(np.ceil(np.sqrt(len(images) * 2)))), len(images))
-    rows = -(-len(images) // columns)
-    figure = _figure(max(1.35 * columns, 4) + 0.2, 1.5 * rows + 0.5, f"{len(images)} generated slices", note)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, image, position in zip(grid.flat, images, positions, strict=False):
-        axes.set_axis_on()
-        _image(axes, image, title=f"slice {position}")
-    _save(figure, path)
+    labels = [f"slice {position}" for position in positions]
+    size = max(1.35 * columns, 4) + 0.2, 1.5
+    _draw_grid(path, images, labels, columns, size, f"{len(images)} generated slices", note)
 
 
 def numbered(path: Path, images: np.ndarray, title: str, note: str = "") -> None:
     """Draw images (N, H, W, 1) in [0, 1] in a grid, numbered from 1."""
-    columns = min(8, len(images))
+    columns, labels = min(8, len(images)), [str(number) for number in range(1, len(images) + 1)]
+    _draw_grid(path, images, labels, columns, (1.5 * columns, 1.65), title, note)
+
+
+def _draw_grid(
+    path: Path,
+    images: np.ndarray,
+    labels: Sequence[str],
+    columns: int,
+    size: tuple[float, float],
+    title: str,
+    note: str,
+) -> None:
+    """Draw labelled images in a grid. `size` is the width of the figure and the height of a row, in inches."""
     rows = -(-len(images) // columns)
-    figure = _figure(1.5 * columns, 1.65 * rows + 0.5, title, note)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
+    figure = _figure(size[0], size[1] * rows + 0.5, title, note)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, image, label in zip(grid, images, labels, strict=False):
+        _image(axes, image, title=label)
+    for axes in grid[len(images) :]:
         axes.set_axis_off()
-    for number, (axes, image) in enumerate(zip(grid.flat, images, strict=False), 1):
-        axes.set_axis_on()
-        _image(axes, image, title=str(number))
     _save(figure, path)
 
 

@@ -1,7 +1,6 @@
 """Decode PNG slices to grey images of one size."""
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -55,21 +54,18 @@ BLANK = "of a single grey level: they are used, but show no brain"
 
 def decode_all(
     paths: list[Path], image_size: int, skip_broken: bool = False, crop: int = 0
-) -> tuple[np.ndarray, list[DecodedPng | None]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Decode PNGs into one array; see `decode_each`.
 
     Returns:
         images: (N, image_size, image_size, 1) uint8. Those of files that were left out are black.
-        decoded: N items, with None for files that were left out. Their `grey` arrays are views of `images`.
+        is_readable: (N,) bool, False for files that were left out.
     """
-    images = np.zeros((len(paths), image_size, image_size, 1), np.uint8)
-    decoded: list[DecodedPng | None] = []
-    for image, png in zip(images, decode_each(paths, image_size, skip_broken, crop), strict=True):
+    images, is_readable = np.zeros((len(paths), image_size, image_size, 1), np.uint8), np.zeros(len(paths), bool)
+    for i, png in enumerate(decode_each(paths, image_size, skip_broken, crop)):
         if png:
-            image[..., 0] = png.grey
-            png = dataclasses.replace(png, grey=image[..., 0])
-        decoded.append(png)
-    return images, decoded
+            images[i, ..., 0], is_readable[i] = png.grey, True
+    return images, is_readable
 
 
 def decode_each(

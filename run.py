@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -89,7 +90,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         RunError: The path cannot be written. What was at `path` before is still there.
     """
     console.raise_if_stopped()
+    path = Path(os.path.abspath(path))  # "." has no name.
     unfinished = path.with_name(UNFINISHED + path.name)
+    remove(unfinished)  # What a killed process has left.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -135,6 +138,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file (not atomically). Raises ValueError if a number is NaN or infinite."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", newline="")
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN and infinity by None in nested dictionaries, lists and tuples, because JSON has neither."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -62,47 +62,27 @@ def sample_codes(
 
 @functools.lru_cache(maxsize=8)
 def _compiled_sampler(prior: PixelCNN, top_k: int, has_top_p: bool) -> Callable[..., Tensor]:
-    """Return `sample_batch` of a prior, compiled once for all temperatures and all top_p below 1."""
+    """Return a function that samples one batch of grids, compiled once for all temperatures and all top_p below 1.
 
-    def sample(
-        uniforms: Tensor, conditioning: dict[str, Tensor], temperature: Tensor, top_p: Tensor, known: Tensor
-    ) -> Tensor:
-        return sample_batch(prior, uniforms, conditioning, temperature, top_k, top_p if has_top_p else 1.0, known)
-
-    return compile_function(sample, prior.variables)
-
-
-def sample_batch(
-    prior: PixelCNN,
-    uniforms: Tensor,
-    conditioning: Mapping[str, Tensor],
-    temperature: float | Tensor = 1.0,
-    top_k: int = 0,
-    top_p: float | Tensor = 1.0,
-    known: Tensor | None = None,
-) -> Tensor:
-    """Sample one batch of grids.
-
-    Args:
-        prior: Trained prior.
-        uniforms: (B, h · w) float32 in [0, 1), one number for each code.
-        conditioning: Inputs of the prior other than the codes, (B, ...) each.
-        temperature, top_k, top_p: See `filter_logits`.
-        known: (B, h, w) int32; see `sample_codes`.
-
-    Returns:
-        (B, h · w) int32 code indices in raster order.
+    Its arguments are random numbers (B, h · w), the inputs of the prior other than the codes, temperature, top_p, and
+    known codes (B, h, w) int32. It returns code indices (B, h · w) int32 in raster order.
     """
     height, width = prior.grid_size
 
-    def sample_cell(logits: Tensor, inputs: Tensor) -> Tensor:
-        sampled = sample_categorical(filter_logits(logits, temperature, top_k, top_p), inputs[0])
-        return sampled if known is None else ops.where(inputs[1] >= 0, ops.cast(inputs[1], "int32"), sampled)
+    def sample(
+        uniforms: Tensor, conditioning: Mapping[str, Tensor], temperature: Tensor, top_p: Tensor, known: Tensor
+    ) -> Tensor:
+        def sample_cell(logits: Tensor, inputs: Tensor) -> Tensor:
+            logits = filter_logits(logits, temperature, top_k, top_p if has_top_p else 1.0)
+            sampled = sample_categorical(logits, inputs[0])
+            return ops.where(inputs[1] >= 0, ops.cast(inputs[1], "int32"), sampled)
 
-    inputs = [ops.reshape(uniforms, (-1, height, width)), *([] if known is None else [ops.cast(known, "float32")])]
-    inputs = ops.transpose(ops.stack(inputs), (2, 3, 0, 1))  # (h, w, 1 or 2, B)
-    codes = cached_sampling(prior, conditioning, inputs, sample_cell)  # (h, w, B)
-    return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
+        inputs = ops.stack([ops.reshape(uniforms, (-1, height, width)), ops.cast(known, "float32")])
+        inputs = ops.transpose(inputs, (2, 3, 0, 1))  # (h, w, 2, B)
+        codes = cached_sampling(prior, conditioning, inputs, sample_cell)  # (h, w, B)
+        return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
+
+    return compile_function(sample, prior.variables)
 
 
 def compile_function(

@@ -28,6 +28,7 @@ from scipy import fft
 import model
 import seeds
 from layers import PACKAGE, Shape, Tensor, replica_index_and_count, resize
+from pngs import BRAIN_THRESHOLD
 
 WORKING_SIZE = 96  # Resolution at which the network works, about; each of its cells is a square of pixels.
 TIME_FEATURES = 128  # Number of features that describe the time.
@@ -35,7 +36,6 @@ HEAD_SIZE = 32  # Channels of each attention head.
 PATCH_RESOLUTION = 2  # How often the resolution is halved until each cell covers a patch.
 NUM_STEPS = 4  # Steps from noise to detail, each with two evaluations of the network.
 FREQUENCY_FEATURES = 512  # Features that describe the frequencies of a patch.
-BRAIN_LEVEL = 0.05  # Grey level above which a pixel of the VQ-VAE's image counts as brain.
 MIN_SCALE = 1e-3  # Smallest standard deviation of a frequency on the [0, 1] scale: that of rounded pixels.
 
 
@@ -186,7 +186,7 @@ def detail_scales(images: np.ndarray, faithful: np.ndarray) -> list[float]:
         A number for each frequency of a patch, see `frequencies`, on the [0, 1] scale, at least `MIN_SCALE`.
     """
     side = patch_side(images.shape[1])
-    inside = ops.convert_to_numpy(to_patches((faithful > BRAIN_LEVEL).astype(np.float32), side)).all(axis=-1)
+    inside = ops.convert_to_numpy(to_patches((faithful > BRAIN_THRESHOLD).astype(np.float32), side)).all(axis=-1)
     lacking = ops.convert_to_numpy(frequencies(images / np.float32(255) - faithful, side))[inside]
     variances = np.mean(np.square(lacking, dtype=np.float64), axis=0) if len(lacking) else np.zeros(side**2)
     return np.maximum(np.sqrt(variances), MIN_SCALE).tolist()
@@ -198,7 +198,7 @@ def near_brain(faithful: Tensor) -> Tensor:
     Decoded images have faint specks far from any brain, where real slices are almost black.
     """
     margin = max(5, 2 * (faithful.shape[1] // 32) + 1)
-    near = ops.cast(faithful > BRAIN_LEVEL, "float32")
+    near = ops.cast(faithful > BRAIN_THRESHOLD, "float32")
     for window in ((margin, 1), (1, margin)):  # Several times as fast as one square window, which is the same.
         near = ops.max_pool(near, window, strides=1, padding="same")
     return near

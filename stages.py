@@ -303,7 +303,9 @@ def preview_of_decoder(config: Any, slices: Slices, codes: Codes, generator: Gen
     images, positions = (getattr(slices["validate"], name)[index] for name in ("images", "positions"))
     own = [indices[index] for indices in codes["validate"]]
     samples = generator.sample(positions, config.seed, purpose="previews")
-    return _sheet(dataset.to_float(images), generator.decode(own), generator.draw(own, config.seed), samples)
+    return _sheet(
+        dataset.to_float(images), generator.decode(own), generator.draw(own, config.seed, "previews"), samples
+    )
 
 
 def _previewed(slices: Slices) -> np.ndarray:

@@ -165,6 +165,8 @@ def _set_initial_weights(
 ) -> None:
     """Set a network that is not trained yet to the weights of the network to start from, if there is one.
 
+    Logs and previews of an earlier training of this network are removed.
+
     Args:
         trained: The network.
         network: A network of the same architecture to load the weights into.

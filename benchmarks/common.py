@@ -28,7 +28,7 @@ import console
 import dataset
 import devices
 import layers
-from run import versions
+from run import RunError, read_config, versions, without_nan
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,17 +100,22 @@ def _as_text(options: Any) -> dict[str, str]:
     return {name: "a path" if isinstance(value, Path) else str(value) for name, value in values.items()}
 
 
+def load_config(run_dir: Path) -> tuple[Any, dict[str, Any]]:
+    """Read the configuration of a run. Returns it, and the content of config.json. Raises RunError."""
+    import driver  # Not needed by processes whose memory is measured.
+
+    saved = read_config(run_dir)
+    if saved is None:
+        raise RunError(f"run_dir is {run_dir}: contains no run; choose the folder of a finished one")
+    try:
+        return driver.Config(**saved["constants"]), saved
+    except TypeError as error:
+        raise RunError(f"run_dir is {run_dir}: was made by another version ({error}); choose another run") from error
+
+
 def print_json(numbers: dict[str, Any]) -> None:
     """Print numbers as one line of JSON, with null in place of NaN."""
-    print(json.dumps(_without_nan(numbers), allow_nan=False), flush=True)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    print(json.dumps(without_nan(numbers), allow_nan=False), flush=True)
 
 
 def run_child(module: str, arguments: Sequence[object] = (), **environment: str) -> dict[str, Any]:

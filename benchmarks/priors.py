@@ -34,8 +34,8 @@ import training
 import two_sample
 from benchmarks import common
 from generator import Generator
-from options import ConfigError, from_json
-from run import RunError, read_config
+from options import ConfigError
+from run import RunError
 
 NEIGHBOURS = 4  # Codes among which soft targets distribute their probability.
 
@@ -116,10 +116,7 @@ def variants(config: driver.Config, level: int) -> dict[str, Variant]:
 
 def main(options: Options) -> dict[str, Any]:
     """Train all variants and return their numbers by name."""
-    saved = read_config(options.run_dir)
-    if saved is None:
-        raise RunError(f"run_dir is {options.run_dir}: contains no run; choose the folder of a finished one")
-    config = from_json(driver.Config, saved["constants"])
+    config, saved = common.load_config(options.run_dir)
     check(options, config)
     slices = driver.load_slices(config)
     if dataset.fingerprint(slices) != saved["data"]:
@@ -178,7 +175,9 @@ class RememberingGenerator(Generator):
     def encode(self, images: np.ndarray, parameters: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
         """See `Generator.encode`."""
         self.remembered: dict[bytes, list[np.ndarray]] = getattr(self, "remembered", {})
-        key = parameters["angle"].tobytes() if parameters else images.tobytes()
+        if not parameters:
+            return super().encode(images)
+        key = parameters["angle"].tobytes()
         if key not in self.remembered:
             self.remembered[key] = super().encode(images, parameters)
         return self.remembered[key]
@@ -296,8 +295,7 @@ def measure(
 ) -> np.ndarray:
     """Return the nats per code of each slice of a split under the prior of a level, (N,)."""
     priors = [prior if index == level else other for index, other in enumerate(generator.priors)]
-    measured = Generator(generator.vqvae, priors, generator.positions)
-    return measured.nats_per_code(codes[split], slices[split].positions)[level]
+    return generator.replace(priors=priors).nats_per_code(codes[split], slices[split].positions)[level]
 
 
 def compare(reference: np.ndarray, nats: np.ndarray, slices: driver.Slices, options: Options) -> dict[str, Any]:

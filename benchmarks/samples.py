@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import comparison
-import console
 import driver
 import metrics
 import options as configuration
@@ -23,7 +22,7 @@ import training
 from benchmarks import common
 from dataset import to_uint8
 from generator import Generator, Results, Samples
-from run import RunError, read_config
+from run import without_nan
 
 SHOWN: tuple[str, ...] = ("c2st_real", "precision", "recall", "density", "coverage", "mmd2", "ms_ssim_of_pairs")
 SHOWN += ("power_low", "power_middle", "power_high")
@@ -47,10 +46,11 @@ class Options:
 def main(options: Options) -> dict[str, Any]:
     """Measure the networks and return the numbers."""
     machine = common.report_machine()
-    config = load_config(options)
+    saved_config, saved = common.load_config(options.run_dir)
+    config = dataclasses.replace(saved_config, data_dir=options.data_dir, crop=saved["crop"])
     generator = with_precision(Generator.load(options.run_dir, BATCH_SIZE), options.precision).compiled()
     results = make_results(config, generator)
-    numbers = metrics.without_nan(metrics.measure(results)[0] | measure_samples(results, config.seed))
+    numbers = without_nan(metrics.measure(results)[0] | measure_samples(results, config.seed))
     for name in ("ssim", "ssim_brain", "psnr_db", "prior_nats_per_code", "prior_bits_per_image"):
         print(f"{name:24} {numbers[name]:8.4g}")
     if "sharp" in numbers:
@@ -63,15 +63,6 @@ def main(options: Options) -> dict[str, Any]:
                 f"{title:24}" + " ".join(f"{'–' if values[n] is None else format(values[n], '.3f'):>16}" for n in SHOWN)
             )
     return {**machine, **numbers}
-
-
-def load_config(options: Options) -> driver.Config:
-    """The configuration of the run, with the folder of the slices. Raises RunError if there is no run."""
-    saved = read_config(options.run_dir)
-    if saved is None:
-        raise RunError(f"run_dir is {options.run_dir}: contains no run; choose the folder of a finished one")
-    config = configuration.from_json(driver.Config, saved["constants"])
-    return dataclasses.replace(config, data_dir=options.data_dir, crop=saved["crop"])
 
 
 def with_precision(generator: Generator, precision: str) -> Generator:
@@ -95,7 +86,7 @@ def make_results(config: driver.Config, generator: Generator) -> Results:
         positions, purpose = slices[split].positions[index], f"{split}_samples"
         drawn = generator.sample_codes(positions, **arguments, purpose=purpose)
         samples[split] = Samples(to_uint8(generator.draw(drawn, config.seed, purpose)), drawn, positions)
-    sharp = generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
+    drawn_sharply = generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
     return Results(
         generator=generator,
         slices=slices,
@@ -108,7 +99,7 @@ def make_results(config: driver.Config, generator: Generator) -> Results:
         sampling=arguments,
         history=[],
         numbers={},
-        sharp_reconstructions=sharp,
+        sharp_reconstructions=drawn_sharply,
     )
 
 
@@ -141,5 +132,4 @@ def measure_samples(results: Results, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    console.start()
     common.run_benchmark(main, Options, __doc__)

@@ -82,10 +82,14 @@ def make_inputs(prior: PixelCNN, batch_size: int) -> tuple[np.ndarray, np.ndarra
 
 
 def cached_sampling(prior: PixelCNN, batch_size: int) -> Callable[[], np.ndarray]:
-    """Return a function that samples a batch of grids as `sampling.sample_codes` does, without building the graph."""
-    inputs = make_inputs(prior, batch_size)
-    sample = sampling.compile_function(lambda u, p: sampling.sample_batch(prior, u, {"positions": p}))
-    return lambda: ops.convert_to_numpy(sample(*inputs))
+    """Return a function that samples a batch of grids, (B, h · w). Only its first call builds the graph."""
+    uniforms, positions = make_inputs(prior, batch_size)
+
+    def sample() -> np.ndarray:
+        codes = sampling.sample_codes(prior, {"positions": positions}, uniforms, batch_size=batch_size)
+        return codes.reshape(batch_size, -1)
+
+    return sample
 
 
 def compare_methods(grid: int, options: Options) -> dict[str, float]:

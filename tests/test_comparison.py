@@ -18,6 +18,7 @@ import two_sample
 from comparison import Comparison, Part
 from dataset import Slices, to_uint8
 from generator import Generator, Results, Samples
+from run import without_nan
 from tests import test_generator
 
 SPLITS = ("train", "validate", "test")
@@ -125,7 +126,7 @@ def test_compare_returns_the_documented_numbers(compared):
     for name in comparison.CONTROLS:
         assert set(numbers["controls"][name]) == MEASURED | {"c2st", "c2st_codes"}
     assert numbers["failed_controls"].keys() <= MEASURED | {"c2st", "c2st_codes"}
-    assert json.loads(json.dumps(metrics.without_nan(numbers), allow_nan=False))
+    assert json.loads(json.dumps(without_nan(numbers), allow_nan=False))
 
 
 def test_images_are_shrunk_to_means_of_squares():

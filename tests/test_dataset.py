@@ -272,6 +272,11 @@ def test_a_missing_split(data_dir, capsys):
     assert_refused(data_dir, capsys, data_dir, "no validate and no test folder", "add it")
 
 
+def test_two_folders_for_one_split(data_dir, capsys):
+    save_blank(data_dir / "train" / "case_100_slice_0.png")
+    assert_refused(data_dir, capsys, data_dir, "keras_png_slices_train and train, all for the train split", "into one")
+
+
 def test_an_empty_split(data_dir, capsys):
     folder = data_dir / "keras_png_slices_validate"
     for path in folder.iterdir():

@@ -208,6 +208,14 @@ def test_a_compact_copy_stores_what_both_decoders_share_once(tmp_path):
     np.testing.assert_allclose(copy.draw(codes, seed=1), original.draw(codes, seed=1), atol=0.1)
 
 
+def test_a_compact_copy_can_do_without_the_sharp_decoder(tmp_path):
+    generator = test_generator.make((4,))
+    decoder = sharp.SharpDecoder.untrained(generator.vqvae, detail_channels=8)
+    test_generator.write_run(tmp_path / "run", generator.replace(decoder=decoder))
+    generate.main(generate.Options(tmp_path / "run", compact=tmp_path / "small", sharp=False))
+    assert Generator.load(tmp_path / "small").decoder is None
+
+
 def test_broken_slices_are_refused_or_left_out(run, slices, tmp_path):
     (slices / "inner" / "broken_slice_0.png").write_bytes(b"no PNG")
     with pytest.raises(console.UserError, match=r"broken_slice_0.png: is not a PNG image"):

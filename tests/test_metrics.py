@@ -1,6 +1,5 @@
 """Metrics of inputs for which the answer is known."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -448,10 +447,3 @@ def test_bits_saved_by_a_selector_are_those_of_the_test_split(results):
     generator.selector_bits = selector_bits
     numbers, _ = metrics.measure(replace(results, generator=generator, sampling={"seed": 3}))
     assert numbers["selector_bits_saved"] == saved.mean()
-
-
-def test_numbers_that_json_lacks_become_none():
-    numbers = {"a": math.nan, "b": [1.0, -math.inf, {"c": math.inf}], "d": {"e": None, "f": "nan", "g": 2, "h": True}}
-    clean = {"a": None, "b": [1.0, None, {"c": None}], "d": {"e": None, "f": "nan", "g": 2, "h": True}}
-    assert metrics.without_nan(numbers) == clean
-    assert json.loads(json.dumps(metrics.without_nan(numbers), allow_nan=False)) == clean

@@ -110,7 +110,7 @@ def test_help_shows_presets_and_constants_with_their_comments(capsys, monkeypatc
 def test_a_saved_configuration_is_read_back():
     folders = {"data_dir": Path("slices").resolve(), "start_from": Path("weights").resolve()}
     config = driver.Config(**folders, grids=(32, 64), image_size=256, sample_positions=(1, 2))
-    assert options.from_json(driver.Config, options.to_json(config)) == config
+    assert driver.Config(**options.to_json(config)) == config
     assert not set(options.RUNTIME_FIELDS) & options.to_json(config).keys()
 
 

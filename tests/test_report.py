@@ -16,6 +16,7 @@ import metrics
 import pictures
 import report
 import two_sample
+from run import without_nan
 from tests import test_comparison
 
 CONSTANTS = {
@@ -368,7 +369,7 @@ def test_three_slices_pass_through_everything(run_folder, monkeypatch):
     """One subject with one slice in each split: most comparisons are undefined."""
     monkeypatch.setattr(two_sample, "CLASSIFIER_MAX_EPOCHS", 1)
     results = test_comparison.make_results((1, 1, 1), (5,))
-    numbers = metrics.without_nan({**metrics.measure(results)[0], **comparison.compare(results, seed=0)})
+    numbers = without_nan({**metrics.measure(results)[0], **comparison.compare(results, seed=0)})
     assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
     assert numbers["ssim_interval"] == [None, None]
     assert numbers["samples"]["mmd2"] is None

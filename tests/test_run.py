@@ -1,10 +1,13 @@
 """Files that are written completely or not at all, results that are made again, and run folders that are refused."""
 
 import errno
+import json
+import math
 import os
 import re
 import signal
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import filelock
@@ -35,11 +38,21 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
+    (tmp_path / "unfinished-samples" / "left by a killed process").mkdir(parents=True)
     with run.atomic_path(tmp_path / "samples") as unfinished:
         unfinished.mkdir()
         (unfinished / "one.png").write_bytes(b"1")
         assert not (tmp_path / "samples").exists()
-    assert (tmp_path / "samples" / "one.png").read_bytes() == b"1"
+    assert os.listdir(tmp_path / "samples") == ["one.png"]
+
+
+def test_the_current_folder_can_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with run.atomic_path(Path()) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "one.png").write_bytes(b"1")
+    assert (tmp_path / "empty" / "one.png").read_bytes() == b"1"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
@@ -478,3 +491,10 @@ def test_an_epoch_that_is_repeated_replaces_later_ones_of_its_stage_only(tmp_pat
         opened.add_epoch(row("vqvae", 3, 6))
     found = [(row["stage"], row["epoch"], row["loss"]) for row in opened.read_history()]
     assert found == [("vqvae", 1, 1), ("vqvae", 2, 5), ("vqvae", 3, 6), ("prior", 1, 4)]
+
+
+def test_numbers_that_json_lacks_become_none():
+    numbers = {"a": math.nan, "b": [1.0, -math.inf, {"c": math.inf}], "d": {"e": None, "f": "nan", "g": 2, "h": True}}
+    clean = {"a": None, "b": [1.0, None, {"c": None}], "d": {"e": None, "f": "nan", "g": 2, "h": True}}
+    assert run.without_nan(numbers) == clean
+    assert json.loads(json.dumps(run.without_nan(numbers), allow_nan=False)) == clean

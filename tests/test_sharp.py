@@ -9,6 +9,7 @@ from keras import ops
 import model
 import saving
 import sharp
+from pngs import BRAIN_THRESHOLD
 from tests import test_generator
 from tests.randomness import RNG
 
@@ -93,8 +94,8 @@ def test_the_velocity_is_followed_to_its_end():
 
 
 def test_detail_is_drawn_in_a_square_window_around_the_brain():
-    faithful = RNG.random((2, 64, 64, 1)).astype(np.float32) * sharp.BRAIN_LEVEL * 1.003
-    square = ops.max_pool((faithful > sharp.BRAIN_LEVEL).astype(np.float32), 5, strides=1, padding="same")
+    faithful = RNG.random((2, 64, 64, 1)).astype(np.float32) * BRAIN_THRESHOLD * 1.003
+    square = ops.max_pool((faithful > BRAIN_THRESHOLD).astype(np.float32), 5, strides=1, padding="same")
     assert 0 < np.mean(square) < 1
     np.testing.assert_array_equal(sharp.near_brain(faithful), square)
 
