@@ -71,7 +71,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
         "192 x 192, the pixels of OASIS slices as they are, drawn from the codes of oasis96",
-        {"image_size": 192, "coding_size": 96},
+        {"image_size": 192, "coding_size": 96, "decoder_epochs": 14},
     ),
     "synthetic": (
         "64 x 64, 8 x 8 codes: a small model for synthetic slices, the default without data_dir",

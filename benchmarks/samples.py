@@ -5,7 +5,8 @@
 Measures reconstructions, likelihood and samples of a finished run, or of networks that were passed on, on slices: the
 same numbers as in metrics.json of a run, except for those of faithful reconstructions, of the critic and of the
 controls. The classifiers are trained on the training split, and asked about the test split. With 2,880 training slices
-of 192 × 192 pixels and mixed_bfloat16 it took 50 minutes of processor time (AMD EPYC, Zen 4).
+of 192 × 192 pixels and mixed_bfloat16 it took 50 minutes of processor time in one thread, and 89 in two, while other
+jobs were running (AMD EPYC, Zen 4).
 """
 
 import dataclasses
