@@ -87,7 +87,9 @@ def make_results(config: driver.Config, generator: Generator) -> Results:
         positions, purpose = slices[split].positions[index], f"{split}_samples"
         drawn = generator.sample_codes(positions, **arguments, purpose=purpose)
         samples[split] = Samples(to_uint8(generator.draw(drawn, config.seed, purpose)), drawn, positions)
-    drawn_sharply = generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
+    sharp_reconstructions = (
+        generator.draw(codes["test"], config.seed, "reconstructions of test") if generator.decoder else None
+    )
     return Results(
         generator=generator,
         slices=slices,
@@ -100,7 +102,7 @@ def make_results(config: driver.Config, generator: Generator) -> Results:
         sampling=arguments,
         history=[],
         numbers={},
-        sharp_reconstructions=drawn_sharply,
+        sharp_reconstructions=sharp_reconstructions,
     )
 
 
