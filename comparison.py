@@ -102,7 +102,7 @@ def compare(results: Results, seed: int, remember: Remember = compute_always) ->
     """
     comparison = Comparison(results, seed, remember)
     real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
-    faithful, drawn = comparison.redecode(samples), comparison.draw(decoded)
+    faithful, drawn = comparison.redecode(samples), comparison.draw_reconstructions()
     sampled = {
         "count": len(real["test"].images),
         **remember("samples against real slices", lambda: comparison.classify_against_real(samples)),
@@ -197,18 +197,22 @@ class Comparison:
         """The same codes, decoded by the VQ-VAE."""
         return {split: replace(part, images=part.decoded) for split, part in images.items()}
 
-    def draw(self, images: ImageSet) -> ImageSet:
-        """The same codes, decoded as samples are; see `Generator.draw`."""
-        if not self.results.generator.decoder:
-            return self.redecode(images)
+    def draw_reconstructions(self) -> ImageSet:
+        """The codes of the real slices, decoded as samples are. Those of the test split were drawn before."""
+        test = self.results.sharp_reconstructions
+        if test is None:
+            return self.decoded
 
-        def drawn(split: str, part: Part) -> np.ndarray:
-            return to_display_uint8(self.results.generator.draw(part.codes, self.seed, f"reconstructions of {split}"))
+        def draw(split: str) -> np.ndarray:
+            codes = self.decoded[split].codes
+            return to_display_uint8(self.results.generator.draw(codes, self.seed, f"reconstructions of {split}"))
 
-        return {
-            split: replace(part, images=self.remember(f"drawn {split} slices", functools.partial(drawn, split, part)))
-            for split, part in images.items()
+        images = {
+            split: self.remember(f"drawn {split} slices", functools.partial(draw, split))
+            for split in ("train", "validate")
         }
+        images["test"] = to_display_uint8(test[self.results.compared["test"]])
+        return {split: replace(part, images=images[split]) for split, part in self.decoded.items()}
 
     def _fakes(self, images: np.ndarray, codes: list[np.ndarray], positions: np.ndarray, decoded: np.ndarray) -> Part:
         return Part(images, codes, positions, np.array([f"fake {i}" for i in range(len(images))]), decoded)

@@ -174,7 +174,7 @@ class RememberingGenerator(Generator):
 
     def encode(self, images: np.ndarray, parameters: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
         """See `Generator.encode`."""
-        self.remembered: dict[bytes, list[np.ndarray]] = getattr(self, "remembered", {})
+        self.remembered: dict[bytes, list[np.ndarray]] = getattr(self, "remembered", {})  # Copies of this one share it.
         if not parameters:
             return super().encode(images)
         key = parameters["angle"].tobytes()

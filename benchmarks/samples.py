@@ -113,7 +113,7 @@ def measure_samples(results: Results, seed: int) -> dict[str, Any]:
     samples, numbers = compared.samples(), {}
     sets = {"samples": samples, "faithful_samples": compared.redecode(samples)}
     if results.generator.decoder:
-        sets["sharp_reconstructions"] = compared.draw(compared.decoded)
+        sets["sharp_reconstructions"] = compared.draw_reconstructions()
     for name, images in sets.items():
         numbers[name] = {n: value for n, value in compared.measure(images["test"]).items() if "critic" not in n}
         if name != "faithful_samples":

@@ -176,7 +176,8 @@ def test_with_a_sharp_decoder_both_decoders_are_measured(results, monkeypatch):
         split: replace(samples, images=to_uint8(sharpened.draw(samples.codes)))
         for split, samples in results.compared_samples.items()
     }
-    numbers, classified = compare(replace(results, generator=sharpened, compared_samples=drawn))
+    made = replace(results, generator=sharpened, compared_samples=drawn)
+    numbers, classified = compare(replace(made, sharp_reconstructions=sharpened.draw(results.codes["test"])))
     references = numbers["references"]
     assert set(references["faithful_samples"]) == MEASURED | {"c2st_real"}
     assert set(references["sharp_reconstructions"]) == MEASURED | {"c2st_real", "c2st_half_size"}
