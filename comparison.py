@@ -1,8 +1,4 @@
-"""Compare samples, reconstructions and controls with the real slices of the test subjects.
-
-The controls are sets of images with a known fault, which a measure must find. A measure that does not find it says
-nothing about samples either: `failed_controls` lists what each measure fails, and the report concludes nothing from it.
-"""
+"""Compare samples, reconstructions and controls (see controls.py) with the real slices of the test subjects."""
 
 import functools
 import math
@@ -12,8 +8,8 @@ from typing import Any, TypeAlias
 
 import keras
 import numpy as np
-from scipy import ndimage
 
+import controls
 import metrics
 import seeds
 import two_sample
@@ -23,18 +19,7 @@ from pngs import BRAIN_THRESHOLD
 
 TRAINING_SLICES = 3000  # Training slices that samples are compared with at most, unless more are asked for.
 NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
-BLUR_SIGMA = 1.0  # Standard deviation of the Gaussian in pixels.
-NOISE_SIGMA = 0.05  # Standard deviation of the noise, on the [0, 1] scale.
-BLOCKS = 4  # Blocks per side of a grid in the control "blocks": 3 × 3 codes each on a 12 × 12 grid.
 CLASSIFIER_TRAININGS = 3  # How often the classifiers are trained that compare images with real slices.
-CONTROLS = {
-    "real": "real slices of validation subjects: no fault",
-    "halves": "left half of the codes from one test subject, right half from another, decoded",
-    "blocks": f"each of {BLOCKS} × {BLOCKS} blocks of the codes from another test subject, decoded",
-    "blur": f"real slices, blurred by a Gaussian with a standard deviation of {BLUR_SIGMA:g} pixel",
-    "noise": f"real slices with noise of standard deviation {NOISE_SIGMA:g} in the brain",
-    "decoded_training_codes": "codes of training slices, decoded: copies",
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,7 @@ def compare(results: Results, seed: int, remember: Remember = compute_always) ->
           the real slices. With a sharp decoder also those of `sharp_reconstructions`, the best that it allows, and of
           `faithful_samples`, the same samples decoded by the VQ-VAE.
         - controls: the numbers of each control, with c2st and c2st_codes.
-        - failed_controls: for each measure, the controls that it fails; see `failed_controls`.
+        - failed_controls: for each measure, the controls that it fails; see `controls.failed_controls`.
     """
     comparison = Comparison(results, seed, remember)
     real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
@@ -128,8 +113,9 @@ def compare(results: Results, seed: int, remember: Remember = compute_always) ->
             "sharp_reconstructions",
             lambda: {**comparison.classify_against_real(drawn), **comparison.measure(drawn["test"])},
         )
-    controls = {
-        name: remember(f"control {name}", functools.partial(comparison.measure_control, name)) for name in CONTROLS
+    control_numbers = {
+        name: remember(f"control {name}", functools.partial(comparison.measure_control, name))
+        for name in controls.DESCRIPTIONS
     }
     return {
         "compared_slices": {split: len(index) for split, index in results.compared.items()},
@@ -139,8 +125,8 @@ def compare(results: Results, seed: int, remember: Remember = compute_always) ->
             "other_subjects": comparison.measure_other_subjects(),
             "real_ms_ssim_of_pairs": ms_ssim_of_pairs(real["test"].images, comparison.pairs),
         },
-        "controls": controls,
-        "failed_controls": failed_controls(controls, measured["reconstructions"]),
+        "controls": control_numbers,
+        "failed_controls": controls.failed_controls(control_numbers, measured["reconstructions"]),
     }
 
 
@@ -218,13 +204,15 @@ class Comparison:
         return Part(images, codes, positions, np.array([f"fake {i}" for i in range(len(images))]), decoded)
 
     def control(self, name: str) -> tuple[ImageSet, ImageSet]:
-        """Return a set without a fault, and the control of this name in `CONTROLS`."""
+        """Return a set without a fault, and the control of this name in `controls.DESCRIPTIONS`."""
         if name == "real":
             return self._real_control()
         if name in ("halves", "blocks"):
-            shape = (1, 2) if name == "halves" else (BLOCKS, BLOCKS)
+            blocks = (1, 2) if name == "halves" else (controls.BLOCKS, controls.BLOCKS)
             patched = {
-                split: patch_codes(part, shape, seeds.generator(self.seed, f"{name} of {split}"))
+                split: controls.patch_codes(
+                    part.codes, part.positions, part.subjects, blocks, seeds.generator(self.seed, f"{name} of {split}")
+                )
                 for split, part in self.real.items()
             }
             decoded = {split: self._decode(codes) for split, codes in patched.items()}
@@ -244,7 +232,7 @@ class Comparison:
         """Blur images or add noise, depending on the name of the control. The codes are left out."""
         clean = to_float(part.images)
         random = seeds.generator(self.seed, f"{name} of {split}")
-        images = to_display_uint8(blur(clean) if name == "blur" else add_noise(clean, random))
+        images = to_display_uint8(controls.blur(clean) if name == "blur" else controls.add_noise(clean, random))
         return replace(part, images=images, codes=[], decoded=part.decoded[:0])
 
     def _real_control(self) -> tuple[ImageSet, ImageSet]:
@@ -361,7 +349,7 @@ class Comparison:
         return {"c2st_real": self.classify_images(self.real, images), **self.measure(images["test"])}
 
     def measure_control(self, name: str) -> dict[str, Any]:
-        """Measure the control of this name in `CONTROLS`: the numbers of `measure`, c2st and c2st_codes."""
+        """Measure the control of this name in `controls.DESCRIPTIONS`: `measure`, c2st and c2st_codes."""
         faultless, control = self.control(name)
         return {
             "c2st": self.classify_images(faultless, control),
@@ -439,104 +427,6 @@ class Comparison:
             "pixels": two_sample.nearest_neighbours(_flat(images), _flat(train.decoded), *subjects)[1],
             "features": two_sample.nearest_neighbours(self._features(images), self.train_features, *subjects)[1],
         }
-
-
-# ----------------------------------------------------------------------------------------------- controls
-
-
-def patch_codes(part: Part, blocks: tuple[int, int], random: np.random.Generator) -> list[np.ndarray]:
-    """Patch each code grid together from the grids of different subjects at the same, or the nearest, slice position.
-
-    Args:
-        part: Slices of one split. All levels of their codes are patched alike.
-        blocks: Number of blocks, (rows, columns). The first block keeps the slice's own codes. Each other block has
-            those of another subject, a different one as long as there are any.
-        random: Chooses the subjects.
-
-    Returns:
-        (N, h, w) int32 per level.
-    """
-    count, positions, subjects = math.prod(blocks), part.positions, part.subjects
-    slices_of = {name: np.flatnonzero(subjects == name) for name in np.unique(subjects)}
-    sources = np.empty((len(positions), count), np.int64)  # index of the slice that each block comes from
-    for i, (position, subject) in enumerate(zip(positions, subjects, strict=True)):
-        others = random.permutation([name for name in slices_of if name != subject])
-        owners = [subject, *np.resize(others, count - 1)] if len(others) else [subject] * count
-        for block, owner in enumerate(owners):
-            own = slices_of[owner]
-            sources[i, block] = own[np.abs(positions[own] - position).argmin()]
-    patched = []
-    for grids in part.codes:
-        rows, columns = (np.arange(side) * number // side for side, number in zip(grids.shape[1:], blocks, strict=True))
-        block_of = rows[:, None] * blocks[1] + columns  # (h, w)
-        source = sources[:, block_of]  # (N, h, w)
-        patched.append(grids[source, np.arange(grids.shape[1])[:, None], np.arange(grids.shape[2])])
-    return patched
-
-
-def blur(images: np.ndarray) -> np.ndarray:
-    """Blur images (N, H, W, 1) in [0, 1] with a Gaussian of standard deviation `BLUR_SIGMA`."""
-    return ndimage.gaussian_filter(images, (0, BLUR_SIGMA, BLUR_SIGMA, 0))
-
-
-def add_noise(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Add Gaussian noise of standard deviation `NOISE_SIGMA` to the brain in images (N, H, W, 1) in [0, 1].
-
-    The background stays black: noise there would be too easy to find.
-    """
-    noise = NOISE_SIGMA * random.standard_normal(images.shape, np.float32)
-    return np.clip(images + noise * (images > 0), 0, 1)
-
-
-def failed_controls(controls: dict[str, dict[str, Any]], reconstructions: dict[str, Any]) -> dict[str, list[str]]:
-    """Compare what the measures say about the controls with what they must say.
-
-    Args:
-        controls: The numbers of each control, as in metrics.json.
-        reconstructions: Those of the reconstructions of the test slices.
-
-    Returns:
-        For each measure, the controls that it fails, as in "noise (0.50 instead of at least 0.8)". A measure with an
-        empty list can be trusted.
-    """
-    failures: dict[str, list[str]] = {}
-    real = controls["real"]
-
-    def require(measure: str, control: str, value: float, holds: bool, wanted: str) -> None:
-        shown = "undefined" if math.isnan(value) else f"{value:.2f}"
-        failed = [] if holds else [f"{control} ({shown} instead of {wanted})"]
-        failures[measure] = [*failures.get(measure, []), *failed]
-
-    def within(interval: list[float | None]) -> bool:
-        lower, upper = interval
-        return lower is not None and upper is not None and lower <= 0.5 <= upper
-
-    for measure, value, interval in (
-        ("c2st", real["c2st"]["accuracy"], real["c2st"]["accuracy_interval"]),
-        ("c2st_codes", real["c2st_codes"]["accuracy"], real["c2st_codes"]["accuracy_interval"]),
-        ("critic_auc", real["critic_auc"], real["critic_auc_interval"]),
-    ):
-        require(measure, "real", value, within(interval), "0.50 within its interval")
-    for measure, name, least in (
-        ("c2st", "blur", 0.8),
-        ("c2st", "noise", 0.8),
-        ("c2st_codes", "blocks", 0.8),
-        ("c2st_codes", "halves", 0.7),
-    ):
-        accuracy = controls[name][measure]["accuracy"]
-        require(measure, name, accuracy, accuracy >= least, f"at least {least}")
-    for name, least in (("blocks", 0.95), ("halves", 0.65)):
-        auc = controls[name]["critic_auc"]
-        require("critic_auc", name, auc, auc >= least, f"at least {least}")
-    for space in ("codes", "pixels", "features"):
-        measure = f"near_duplicate_rate_{space}"
-        copies, unseen = controls["decoded_training_codes"][measure], controls["real"][measure]
-        require(measure, "decoded_training_codes", copies, copies >= 0.9, "at least 0.9")
-        require(measure, "real", unseen, unseen <= 0.1, "at most 0.1")
-    for measure in ("precision", "density", "recall", "coverage"):
-        value, limit = controls["blocks"][measure], 0.8 * reconstructions[measure]
-        require(measure, "blocks", value, value <= limit, "at most 0.8 times that of reconstructions")
-    return failures
 
 
 # ------------------------------------------------------------------------------------------------ helpers

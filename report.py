@@ -8,15 +8,15 @@ from typing import Any
 
 import jinja2
 
-import comparison
 import console
+import controls
 import pictures
 from generator import Results
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 LEADING_PICTURES = 3  # The first pictures of `pictures.PICTURES` stand above the findings, the others at the end.
 
-# Key in metrics.json, name, how to read it, and the key in `comparison.failed_controls`, if it has controls.
+# Key in metrics.json, name, how to read it, and the key in `controls.failed_controls`, if it has controls.
 SAMPLE_ROWS = (
     ("c2st_real", "classifier accuracy against real slices", "0.50 (chance) is best", "c2st"),
     ("c2st_half_size", "the same at half the size", "if it is lower, the finest details differ most", "c2st"),
@@ -143,7 +143,7 @@ def write(path: Path, name: str, constants: dict[str, Any], results: Results) ->
         sample_rows=SAMPLE_ROWS,
         sets=_sets(results.numbers),
         control_columns=CONTROL_COLUMNS,
-        control_descriptions=comparison.CONTROLS,
+        control_descriptions=controls.DESCRIPTIONS,
         leading_pictures=shown[:LEADING_PICTURES],
         other_pictures=shown[LEADING_PICTURES:],
         blind_test_key=pictures.blind_test(results)[1],

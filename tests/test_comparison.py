@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import comparison
+import controls
 import metrics
 import phantom
 import sharp
@@ -122,8 +123,8 @@ def test_compare_returns_the_documented_numbers(compared):
     assert set(numbers["references"]["reconstructions"]) == MEASURED | {"c2st_real"}
     others = PRDC | {"mmd2", "mmd2_error", "ms_ssim_of_pairs"}
     assert set(numbers["references"]["other_subjects"]) == others | {f"{name}_spread" for name in others}
-    assert set(numbers["controls"]) == set(comparison.CONTROLS)
-    for name in comparison.CONTROLS:
+    assert set(numbers["controls"]) == set(controls.DESCRIPTIONS)
+    for name in controls.DESCRIPTIONS:
         assert set(numbers["controls"][name]) == MEASURED | {"c2st", "c2st_codes"}
     assert numbers["failed_controls"].keys() <= MEASURED | {"c2st", "c2st_codes"}
     assert json.loads(json.dumps(without_nan(numbers), allow_nan=False))
@@ -323,77 +324,7 @@ def test_training_slices_have_a_limit_of_their_own(monkeypatch):
 # ----------------------------------------------------------------------------------------------- controls
 
 
-def labelled_part(positions_of: dict[str, Sequence[int]], levels: Sequence[int] = (4,)) -> Part:
-    """Slices whose codes are all equal to their index, so that each code shows which slice it comes from."""
-    subjects = np.array([name for name, positions in positions_of.items() for _ in positions])
-    positions = np.array([position for positions in positions_of.values() for position in positions])
-    index = np.arange(len(positions))
-    codes = [np.tile(index[:, None, None], (1, grid, grid)) for grid in levels]
-    images = np.zeros((len(index), 8, 8, 1), np.uint8)
-    return Part(images, codes, positions, subjects, images)
-
-
-def test_each_block_is_of_another_subject_at_the_same_position():
-    part = labelled_part({name: [1, 2, 3] for name in "abcde"})
-    (codes,) = comparison.patch_codes(part, (2, 2), np.random.default_rng(0))
-    blocks = codes.reshape(15, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(15, 4, 4)
-    assert (blocks == blocks[..., :1]).all()  # One slice per block.
-    sources = blocks[..., 0]  # (15, 4)
-    assert np.array_equal(sources[:, 0], np.arange(15))  # The first block keeps the slice's own codes.
-    assert (part.positions[sources] == part.positions[:, None]).all()
-    assert all(len(set(part.subjects[row])) == 4 for row in sources)
-    assert len({tuple(part.subjects[row]) for row in sources}) > 5
-    assert np.array_equal(codes, comparison.patch_codes(part, (2, 2), np.random.default_rng(0))[0])
-    assert not np.array_equal(codes, comparison.patch_codes(part, (2, 2), np.random.default_rng(1))[0])
-
-
-def test_halves_are_left_and_right_and_come_from_the_nearest_position():
-    part = labelled_part({"a": [1, 5], "b": [2, 9]})
-    (codes,) = comparison.patch_codes(part, (1, 2), np.random.default_rng(0))
-    assert (codes[:, :, :2] == np.arange(4)[:, None, None]).all()
-    assert (codes[:, :, 2:] == np.array([2, 2, 0, 1])[:, None, None]).all()  # 5 is nearer to 2 than to 9.
-
-
-def test_both_levels_are_patched_alike():
-    part = labelled_part({name: [1, 2] for name in "abcdef"}, levels=(4, 8))
-    top, bottom = comparison.patch_codes(part, (4, 4), np.random.default_rng(0))
-    assert np.array_equal(bottom, top.repeat(2, 1).repeat(2, 2))
-    assert all(set(part.subjects[row.ravel()]) == set("abcdef") for row in top)  # Six subjects for 16 blocks.
-
-
-def test_grids_that_blocks_do_not_divide_are_patched_as_evenly_as_possible():
-    part = labelled_part({name: [1] for name in "abcdefghijklmnopq"}, levels=(6,))
-    (codes,) = comparison.patch_codes(part, (4, 4), np.random.default_rng(0))
-    assert all(len(np.unique(grid)) == 16 for grid in codes)
-
-
-def test_a_single_subject_keeps_its_codes():
-    part = labelled_part({"a": [1, 2]})
-    assert np.array_equal(comparison.patch_codes(part, (4, 4), np.random.default_rng(0))[0], part.codes[0])
-
-
-def test_blur_and_noise_change_the_high_frequencies():
-    images = shown(some_slices(range(3), (5, 7)).images) / np.float32(255)
-    spectrum = metrics.power_spectrum(images)
-    blurred, noisy = comparison.blur(images), comparison.add_noise(images, np.random.default_rng(0))
-    assert metrics.power_ratios(spectrum, metrics.power_spectrum(blurred))["power_high"] < 0.2
-    assert metrics.power_ratios(spectrum, metrics.power_spectrum(blurred))["power_low"] > 0.7
-    assert metrics.power_ratios(spectrum, metrics.power_spectrum(noisy))["power_high"] > 1.05
-    assert not noisy[images == 0].any()  # Noise in the background would be too easy to find.
-    inside = (images > 0.3) & (images < 0.7)
-    assert (noisy - images)[inside].std() == pytest.approx(comparison.NOISE_SIGMA, rel=0.1)
-    assert 0 <= noisy.min() <= noisy.max() <= 1
-
-
-def test_blur_does_not_mix_slices():
-    images = np.zeros((3, 8, 8, 1), np.float32)
-    images[1] = 1
-    blurred = comparison.blur(images)
-    assert not blurred[[0, 2]].any()
-    assert blurred[1] == pytest.approx(1)
-
-
-@pytest.mark.parametrize("name", comparison.CONTROLS)
+@pytest.mark.parametrize("name", controls.DESCRIPTIONS)
 def test_controls_differ_from_the_faultless_set_only_by_their_fault(made, name):
     faultless, control = made.control(name)
     assert faultless["test"].positions.tolist() == control["test"].positions.tolist()
@@ -426,79 +357,6 @@ def test_decoded_training_codes_are_found_to_be_copies(made):
         assert numbers[f"nn_distance_ratio_{space}"] == pytest.approx(0, abs=0.01), space
 
 
-GOOD_CONTROL = {
-    "c2st": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0]},
-    "c2st_codes": {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0]},
-    "critic_auc": 0.99,
-    "critic_auc_interval": [0.98, 1.0],
-    **{f"near_duplicate_rate_{space}": 0.01 for space in SPACES},
-    **dict.fromkeys(PRDC, 0.3),
-}
-AT_CHANCE = {"accuracy": 0.52, "accuracy_interval": [0.45, 0.6]}
-GOOD_CONTROLS = dict.fromkeys(comparison.CONTROLS, GOOD_CONTROL) | {
-    "real": {
-        **GOOD_CONTROL,
-        "c2st": AT_CHANCE,
-        "c2st_codes": AT_CHANCE,
-        "critic_auc": 0.52,
-        "critic_auc_interval": [0.45, 0.6],
-    },
-    "decoded_training_codes": {**GOOD_CONTROL, **{f"near_duplicate_rate_{space}": 1.0 for space in SPACES}},
-}
-RECONSTRUCTIONS = dict.fromkeys(PRDC, 0.5)
-
-
-def accuracy(value: float, lower: float | None = 0.0, upper: float | None = 1.0) -> dict:
-    return {"accuracy": value, "accuracy_interval": [lower, upper]}
-
-
-def test_good_measures_pass_their_controls():
-    failures = comparison.failed_controls(GOOD_CONTROLS, RECONSTRUCTIONS)
-    rates = {f"near_duplicate_rate_{space}" for space in SPACES}
-    assert failures == {measure: [] for measure in {"c2st", "c2st_codes", "critic_auc", *rates, *PRDC}}
-
-
-@pytest.mark.parametrize(
-    ("control", "measure", "passing", "failing"),
-    [
-        ("real", "c2st", accuracy(0.6, 0.5, 0.7), accuracy(0.6, 0.51, 0.7)),
-        ("real", "c2st", accuracy(0.4, 0.3, 0.5), accuracy(0.4, 0.3, 0.49)),
-        ("real", "c2st_codes", accuracy(0.6, 0.5, 0.7), accuracy(0.6, 0.51, 0.7)),
-        ("real", "c2st", accuracy(0.5), accuracy(0.5, None, None)),
-        ("blur", "c2st", accuracy(0.8), accuracy(0.79)),
-        ("noise", "c2st", accuracy(0.8), accuracy(0.79)),
-        ("noise", "c2st", accuracy(0.8), accuracy(math.nan, None, None)),
-        ("blocks", "c2st_codes", accuracy(0.8), accuracy(0.79)),
-        ("halves", "c2st_codes", accuracy(0.7), accuracy(0.69)),
-        ("real", "critic_auc_interval", [0.5, 0.6], [0.51, 0.6]),
-        ("real", "critic_auc_interval", [0.4, 0.5], [None, None]),
-        ("blocks", "critic_auc", 0.95, 0.94),
-        ("halves", "critic_auc", 0.65, 0.64),
-        ("halves", "critic_auc", 0.65, math.nan),
-        *(
-            (control, f"near_duplicate_rate_{space}", passing, failing)
-            for space in SPACES
-            for control, passing, failing in (("decoded_training_codes", 0.9, 0.89), ("real", 0.1, 0.11))
-        ),
-        *(("blocks", measure, 0.4, failing) for measure in sorted(PRDC) for failing in (0.41, math.nan)),
-    ],
-)
-def test_each_threshold_decides_about_its_measure_alone(control, measure, passing, failing):
-    def failures(value) -> dict[str, list[str]]:
-        changed = {**GOOD_CONTROLS, control: {**GOOD_CONTROLS[control], measure: value}}
-        return {name: failed for name, failed in comparison.failed_controls(changed, RECONSTRUCTIONS).items() if failed}
-
-    assert failures(passing) == {}
-    ((name, (phrase,)),) = failures(failing).items()
-    assert name == measure.removesuffix("_interval")
-    assert phrase.startswith(f"{control} (")
-
-
-def test_precision_is_relative_to_reconstructions():
-    failures = comparison.failed_controls(GOOD_CONTROLS, {**RECONSTRUCTIONS, "precision": 0.35, "recall": math.nan})
-    assert {name for name, failed in failures.items() if failed} == {"precision", "recall"}
-
-
 # ------------------------------------------------------------------------------------------------ helpers
 
 
@@ -514,16 +372,24 @@ def test_display_images_equal_a_png_with_a_clean_background():
     assert shown(np.array([[[[-1.0], [2.0]]]])).ravel().tolist() == [0, 255]
 
 
+def part_at(positions_of: dict[str, Sequence[int]]) -> Part:
+    """Black slices of these subjects at these positions."""
+    subjects = np.array([name for name, positions in positions_of.items() for _ in positions])
+    positions = np.array([position for positions in positions_of.values() for position in positions])
+    images = np.zeros((len(positions), 8, 8, 1), np.uint8)
+    return Part(images, [], positions, subjects, images[:0])
+
+
 def test_matched_slices_are_of_different_subjects_at_the_nearest_positions():
-    targets = labelled_part({"x": [1, 2, 3], "y": [1, 2, 3]})
-    part = labelled_part({name: [3, 2, 1] for name in "abcd"})
+    targets = part_at({"x": [1, 2, 3], "y": [1, 2, 3]})
+    part = part_at({name: [3, 2, 1] for name in "abcd"})
     chosen = comparison.matched_slices(part, targets, np.random.default_rng(0))
     assert np.array_equal(part.positions[chosen], targets.positions)
     assert len(set(part.subjects[chosen][:3])) == len(set(part.subjects[chosen][3:])) == 1
     assert part.subjects[chosen][0] != part.subjects[chosen][3]
     draws = {tuple(comparison.matched_slices(part, targets, np.random.default_rng(seed))) for seed in range(9)}
     assert len(draws) > 3
-    single = labelled_part({"a": [0, 9]})  # The only subject is matched with both.
+    single = part_at({"a": [0, 9]})  # The only subject is matched with both.
     assert comparison.matched_slices(single, targets, np.random.default_rng(0)).tolist() == [0] * 6
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 import comparison
 import console
+import controls
 import dataset
 import driver
 import metrics
@@ -163,7 +164,7 @@ def test_metrics_contain_every_number(finished):
     assert numbers["frame_size"] == 32
     assert np.load(finished.run_dir / "samples" / "test_codes.npy").shape == (4, 4, 4)
     assert np.load(finished.run_dir / "samples" / "train_codes.npy").shape == (16, 4, 4)
-    assert numbers["controls"].keys() == comparison.CONTROLS.keys()
+    assert numbers["controls"].keys() == controls.DESCRIPTIONS.keys()
 
 
 def test_the_report_shows_every_picture(finished):

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 import comparison
+import controls
 import metrics
 import pictures
 import report
 import two_sample
 from run import without_nan
-from tests import test_comparison
+from tests import test_comparison, test_controls
 
 CONSTANTS = {
     "image_size": 96,
@@ -62,7 +63,7 @@ SET = {
 SPREAD = {name: SET[name] for name in ("precision", "recall", "density", "coverage", "mmd2", "mmd2_error")}
 SPREAD |= {"ms_ssim_of_pairs": 0.85, **{f"{name}_spread": 0.03 for name in (*SPREAD, "ms_ssim_of_pairs")}}
 ROW = {"ssim": 0.9, "ssim_brain": 0.8, "ms_ssim": 0.95, "psnr_db": 25.0, "mae": 0.02}
-MEASURES = tuple(comparison.failed_controls(test_comparison.GOOD_CONTROLS, test_comparison.RECONSTRUCTIONS))
+MEASURES = tuple(controls.failed_controls(test_controls.GOOD_CONTROLS, test_controls.RECONSTRUCTIONS))
 NUMBERS = {
     "test_slices": 24,
     "test_subjects": 6,
@@ -92,7 +93,7 @@ NUMBERS = {
     "webp_bits_per_dimension": 2.5,
     "samples": {"count": 24, **SET, "c2st_reconstructions": accuracy(0.5), "c2st_codes": accuracy(0.52)},
     "references": {"reconstructions": SET, "other_subjects": SPREAD, "real_ms_ssim_of_pairs": 0.85},
-    "controls": {name: {**SET, "c2st": accuracy(0.9), "c2st_codes": UNDEFINED} for name in comparison.CONTROLS},
+    "controls": {name: {**SET, "c2st": accuracy(0.9), "c2st_codes": UNDEFINED} for name in controls.DESCRIPTIONS},
     "failed_controls": dict.fromkeys(MEASURES, []),
 }
 BY_LEVEL = ("codes_used", "perplexity", "prior_bits_per_code", "prior_nats_per_code", "prior_nats_per_code_train")
@@ -303,7 +304,7 @@ def rows_of_table(page: str, heading: str) -> list[list[str]]:
 
 def test_controls_table_shows_every_control(run_folder):
     rows = rows_of_table(write(run_folder), "Controls")
-    assert [row[0].replace(" ", "_") for row in rows] == list(comparison.CONTROLS)
+    assert [row[0].replace(" ", "_") for row in rows] == list(controls.DESCRIPTIONS)
     for row in rows:
         assert len(row) == len(report.CONTROL_COLUMNS) + 2
         assert row[1] == "0.90 (0.85 to 0.95)"
