@@ -46,7 +46,9 @@ class Config:
 
     augment: bool = True  # flip, rotate, scale and bend the VQ-VAE's training slices, and change their intensity
     batch_size: int = 16  # slices per training step, except for the sharp decoder
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # in training; mixed may be faster
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = (
+        "float32"  # to train and draw in; mixed may be faster
+    )
     devices: int = 1  # number of GPUs per process that share each training step's batch; CPUs if there are no GPUs
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT
@@ -209,7 +211,9 @@ def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes,
         return generator
     stage = stages.decoder_stage(config, slices, codes, generator)
     decoder = training.train(stage, run, **options.training_settings(config))
-    return generator.replace(decoder=decoder) if config.sharp_samples else generator
+    if not config.sharp_samples:
+        return generator
+    return generator.replace(decoder=stages.with_precision(decoder, config.precision)).compiled()
 
 
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:

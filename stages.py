@@ -17,7 +17,7 @@ import seeds
 import sharp
 from generator import Generator
 from selector import Selector
-from training import Stage
+from training import Stage, dtype_policy
 
 Slices = dict[str, dataset.Slices]  # By split.
 Codes = dict[str, list[np.ndarray]]  # Code indices by split, (N, h, w) int32 per level.
@@ -112,6 +112,19 @@ def make_decoder_tuning(config: Any, vqvae: model.VQVAE, detail_scales: Sequence
     keras.utils.set_random_seed(seeds.number(config.seed, "weights of the sharp decoder"))
     decoder = sharp.SharpDecoder.untrained(vqvae, detail_channels=config.decoder_channels, detail_scales=detail_scales)
     return sharp.DecoderTuning(decoder, config.seed)
+
+
+def with_precision(decoder: sharp.SharpDecoder, precision: str) -> sharp.SharpDecoder:
+    """Return a copy of a sharp decoder whose velocity network computes with this Keras dtype policy.
+
+    Drawing spends most of its time in this network. Everything else computes in float32.
+    """
+    copy = sharp.SharpDecoder.from_config(decoder.get_config())
+    copy.set_weights(decoder.get_weights())
+    with dtype_policy(precision):
+        copy.velocity = sharp.VelocityNetwork.from_config(decoder.velocity.get_config())
+    copy.velocity.set_weights(decoder.velocity.get_weights())
+    return copy
 
 
 # ----------------------------------------------------------------------------------------------- training

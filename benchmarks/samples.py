@@ -18,8 +18,7 @@ import comparison
 import driver
 import metrics
 import options as configuration
-import sharp
-import training
+import stages
 from benchmarks import common
 from dataset import to_uint8
 from generator import Generator, Results, Samples
@@ -49,8 +48,10 @@ def main(options: Options) -> dict[str, Any]:
     machine = common.report_machine()
     saved_config, saved = common.load_config(options.run_dir)
     config = dataclasses.replace(saved_config, data_dir=options.data_dir, crop=saved["crop"])
-    generator = with_precision(Generator.load(options.run_dir, BATCH_SIZE), options.precision).compiled()
-    results = make_results(config, generator)
+    generator = Generator.load(options.run_dir, BATCH_SIZE)
+    if generator.decoder:
+        generator = generator.replace(decoder=stages.with_precision(generator.decoder, options.precision))
+    results = make_results(config, generator.compiled())
     numbers = without_nan(metrics.measure(results)[0] | measure_samples(results, config.seed))
     for name in ("ssim", "ssim_brain", "psnr_db", "prior_nats_per_code", "prior_bits_per_image"):
         print(f"{name:24} {numbers[name]:8.4g}")
@@ -64,17 +65,6 @@ def main(options: Options) -> dict[str, Any]:
                 f"{title:24}" + " ".join(f"{'–' if values[n] is None else format(values[n], '.3f'):>16}" for n in SHOWN)
             )
     return {**machine, **numbers}
-
-
-def with_precision(generator: Generator, precision: str) -> Generator:
-    """Let the sharp decoder, if there is one, follow its velocity with another precision. Returns the generator."""
-    if generator.decoder and precision != "float32":
-        trained = generator.decoder.velocity
-        with training.dtype_policy(precision):
-            network = sharp.VelocityNetwork.from_config(trained.get_config())
-        network.set_weights(trained.get_weights())
-        generator.decoder.velocity = network
-    return generator
 
 
 def make_results(config: driver.Config, generator: Generator) -> Results:
