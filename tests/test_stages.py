@@ -14,6 +14,7 @@ import sharp
 import stages
 import training
 from generator import Generator
+from tests import test_generator
 
 
 @pytest.fixture(scope="module", params=[(4,), (4, 8)], ids=["one level", "two levels"])
@@ -238,3 +239,14 @@ def test_the_scale_of_the_detail_is_that_of_training_slices(encoded, decoder_sta
     _, slices, encoder, codes = encoded
     expected = sharp.detail_scales(slices["train"].images, encoder.decode(codes["train"]))
     assert decoder_stage.make().decoder.settings["detail_scales"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_decoder_of_another_precision_is_a_copy_that_draws_nearly_the_same(encoded):
+    _, _, encoder, codes = encoded
+    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(encoder.vqvae, detail_channels=8))
+    copy = stages.with_precision(decoder, "mixed_bfloat16")
+    assert copy.velocity.first.compute_dtype == "bfloat16"
+    assert decoder.velocity.first.compute_dtype == copy.decoders[0].compute_dtype == "float32"
+    draws = [encoder.replace(decoder=network).draw(codes["validate"]) for network in (decoder, copy)]
+    assert not np.array_equal(*draws)
+    assert np.abs(draws[0] - draws[1]).mean() < 0.01
