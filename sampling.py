@@ -97,7 +97,9 @@ def compile_function(
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, reduce_retracing=True, autograph=False)
+        # One graph for each shape of the arguments. A graph for several shapes rounds differently, so that results
+        # would depend on the shapes of earlier calls.
+        return tf.function(function, autograph=False)
     if keras.backend.backend() == "jax":
         import jax
 
