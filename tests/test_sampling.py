@@ -198,3 +198,11 @@ def cached_logits(prior: model.PixelCNN, codes: np.ndarray, conditioning) -> np.
     # not compiled, so that `sample_cell` is called for every cell
     np.testing.assert_array_equal(sampling.cached_sampling(prior, conditioning, inputs, sample_cell), inputs)
     return np.stack(cached, axis=1).reshape(*codes.shape, -1)
+
+
+def test_each_shape_is_compiled_once_and_alone_whatever_was_called_before():
+    shapes = []
+    double = sampling.compile_function(lambda x: shapes.append(tuple(x.shape)) or 2 * x)
+    for size in (4, 2, 3, 4):
+        assert np.asarray(double(np.ones((size, 1), np.float32))).tolist() == [[2.0]] * size
+    assert shapes == [(4, 1), (2, 1), (3, 1)]
