@@ -124,9 +124,9 @@ class Studio:
 
     def prepare(self) -> None:
         """Draw some brains, which compiles the networks, so that the first request does not wait for it."""
-        request = {"position": int(self.generator.positions[0]), "seed": 0, "temperature": 1.0}
-        for count, top_p in ((1, 1.0), (2, 1.0), (2, 0.9)):  # The second number compiles the sampler for any number.
-            self.draw(request | {"count": count, "top_p": top_p})
+        request = {"position": int(self.generator.positions[0]), "seed": 0, "temperature": 1.0, "count": 1}
+        for top_p in (1.0, 0.9):
+            self.draw(request | {"top_p": top_p})
 
     def draw(self, request: dict[str, Any]) -> dict[str, Any]:
         """Draw new brains at a position."""

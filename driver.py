@@ -46,9 +46,7 @@ class Config:
 
     augment: bool = True  # flip, rotate, scale and bend the VQ-VAE's training slices, and change their intensity
     batch_size: int = 16  # slices per training step, except for the sharp decoder
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = (
-        "float32"  # to train and draw in; mixed may be faster
-    )
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"  # in training and drawing
     devices: int = 1  # number of GPUs per process that share each training step's batch; CPUs if there are no GPUs
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT

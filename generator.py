@@ -109,7 +109,8 @@ class Generator:
     def compiled(self) -> "Generator":
         """Return a copy whose `draw` and `walk` are compiled: several times as fast for single images.
 
-        The first image of each batch size takes some seconds. Images may differ from those of the original by rounding.
+        The first call takes some seconds; with JAX, the first of each batch size. Images may differ from those of the
+        original by rounding.
         """
         drawing = self.decoder or self.vqvae
         return self.replace(_draw=sampling.compile_function(self._draw, drawing.variables))

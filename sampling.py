@@ -91,15 +91,24 @@ def compile_function(
     """Return the function compiled to one graph of the backend.
 
     Args:
-        function: A function of tensors.
+        function: A function of scalars and of tensors (B, …), for any batch size B.
         variables: Variables that the function reads and that may change between its calls.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        # One graph for each shape of the arguments. A graph for several shapes rounds differently, so that results
-        # would depend on the shapes of earlier calls.
-        return tf.function(function, autograph=False)
+        graphs = tf.function(function, autograph=False)
+
+        def of_any_batch_size(tensor: Tensor) -> tf.TensorSpec:
+            return tf.TensorSpec([None, *tensor.shape[1:]] if tensor.shape.rank else [], tensor.dtype)
+
+        # A graph for one batch size rounds differently. If there were several graphs, results would depend on the batch
+        # sizes of earlier calls, and a run that was stopped and continued could end differently.
+        def call(*arguments: Any) -> Tensor:
+            tensors = tf.nest.map_structure(tf.convert_to_tensor, arguments)
+            return graphs.get_concrete_function(*tf.nest.map_structure(of_any_batch_size, tensors))(*tensors)
+
+        return call
     if keras.backend.backend() == "jax":
         import jax
 

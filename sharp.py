@@ -56,6 +56,7 @@ class SharpDecoder(keras.Model):
         detail_channels: See `VelocityNetwork`.
         detail_scales: Standard deviations of the frequencies of what the faithful images lack, on the [0, 1] scale; see
             `detail_scales`. By default all are 0.1.
+        velocity: The network to use; by default, a new one.
 
     Example: For images of 96 × 96 pixels and grids (12,):
 
@@ -74,6 +75,7 @@ class SharpDecoder(keras.Model):
         background_code: bool,
         detail_channels: int = 32,
         detail_scales: Sequence[float] | None = None,
+        velocity: "VelocityNetwork | None" = None,
         name: str = "decoder",
         **kwargs: Any,
     ) -> None:
@@ -101,7 +103,7 @@ class SharpDecoder(keras.Model):
             self.decoders[-1].trainable = False
             self.decoders[-1].build((None, grids[level], grids[level], embedding_dim + (2 * channels if level else 0)))
         relative_scales = (scales / self.detail_scale).tolist()
-        self.velocity = VelocityNetwork(image_size, detail_channels, relative_scales, name="velocity")
+        self.velocity = velocity or VelocityNetwork(image_size, detail_channels, relative_scales, name="velocity")
         for codebook in self.codebooks:
             codebook.build(None)
         self.built = True

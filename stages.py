@@ -119,11 +119,10 @@ def with_precision(decoder: sharp.SharpDecoder, precision: str) -> sharp.SharpDe
 
     Drawing spends most of its time in this network. Everything else computes in float32.
     """
-    copy = sharp.SharpDecoder.from_config(decoder.get_config())
-    copy.set_weights(decoder.get_weights())
     with dtype_policy(precision):
-        copy.velocity = sharp.VelocityNetwork.from_config(decoder.velocity.get_config())
-    copy.velocity.set_weights(decoder.velocity.get_weights())
+        velocity = sharp.VelocityNetwork.from_config(decoder.velocity.get_config())
+    copy = sharp.SharpDecoder(**decoder.settings, velocity=velocity)
+    copy.set_weights(decoder.get_weights())
     return copy
 
 

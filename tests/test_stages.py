@@ -246,6 +246,7 @@ def test_a_decoder_of_another_precision_is_a_copy_that_draws_nearly_the_same(enc
     decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(encoder.vqvae, detail_channels=8))
     copy = stages.with_precision(decoder, "mixed_bfloat16")
     assert copy.velocity.first.compute_dtype == "bfloat16"
+    assert len(copy.variables) == len(decoder.variables)
     assert decoder.velocity.first.compute_dtype == copy.decoders[0].compute_dtype == "float32"
     draws = [encoder.replace(decoder=network).draw(codes["validate"]) for network in (decoder, copy)]
     assert not np.array_equal(*draws)
