@@ -211,7 +211,7 @@ def train_decoder(config: Config, run: Run | None, slices: Slices, codes: Codes,
     decoder = training.train(stage, run, **options.training_settings(config))
     if not config.sharp_samples:
         return generator
-    return generator.replace(decoder=stages.with_precision(decoder, config.precision))
+    return generator.replace(decoder=stages.with_precision(decoder, config.precision)).compiled()
 
 
 def evaluate(config: Config, run: Run, results: Results, made_from: Sequence[str]) -> dict[str, Any]:
