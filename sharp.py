@@ -215,13 +215,12 @@ class VelocityNetwork(keras.Model):
 
     Squares of pixels become the channels of one cell, so that the network always works at a resolution of about
     `WORKING_SIZE`. It halves the resolution three times and doubles it again. Cells of the coarsest resolution attend
-    to each other, so that the two halves of a brain can agree. Where a cell is larger than a pixel, a `FrequencyBranch`
-    adds what convolutions of cells overlook.
+    to each other, so that the two halves of a brain can agree. A `FrequencyBranch` adds what convolutions overlook.
 
     Args:
         image_size: Height and width of an image in pixels.
         channels: Number of channels at the finest resolution; the next ones have twice and four times as many.
-        scales: Standard deviations of the detail's frequencies, for a `FrequencyBranch`.
+        scales: Standard deviations of the detail's frequencies, for the `FrequencyBranch`.
     """
 
     def __init__(
@@ -249,9 +248,7 @@ class VelocityNetwork(keras.Model):
         self.last_norm = keras.layers.RMSNormalization(name="last_norm")
         last = {**convolution, "kernel_initializer": "zeros", "dtype": "float32"}
         self.last = keras.layers.Conv2D(self.side**2, **last, name="last")
-        self.frequency_branch = None
-        if self.side > 1:
-            self.frequency_branch = FrequencyBranch(patch_side(image_size), scales, name="frequency_branch")
+        self.frequency_branch = FrequencyBranch(patch_side(image_size), scales, name="frequency_branch")
         image = keras.Input((image_size, image_size, 1))
         self({"detail": image, "faithful": image, "time": keras.Input(())})  # creates the weights
 
@@ -285,11 +282,9 @@ class VelocityNetwork(keras.Model):
             features = self.up_blocks[i](features, time)
             if i == PATCH_RESOLUTION:
                 features_of_patches = features
-        velocity = from_cells(self.last(ops.relu(self.last_norm(features))), self.side)
-        if self.frequency_branch:
-            of_patches = {"embedded_time": time, "features": features_of_patches}
-            velocity += self.frequency_branch(inputs["detail"], inputs["faithful"], inputs["time"], **of_patches)
-        return velocity
+        of_patches = {"embedded_time": time, "features": features_of_patches}
+        of_frequencies = self.frequency_branch(inputs["detail"], inputs["faithful"], inputs["time"], **of_patches)
+        return from_cells(self.last(ops.relu(self.last_norm(features))), self.side) + of_frequencies
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
@@ -352,7 +347,7 @@ class FrequencyBranch(keras.layers.Layer):
 
     Near the end of the path from noise to detail, the remaining noise is fainter than the detail. It shows only at
     frequencies that the detail lacks. Slices from JPEG files lack most frequencies of their blocks of 8 × 8 pixels.
-    Convolutions of cells hardly learn this; dense layers for each patch do.
+    Convolutions hardly learn this; dense layers for each patch do.
 
     At time t, the frequency k of detail that is mixed with noise has the variance n_k(t)² = t² σ_k² + (1 − t)². What
     enters is divided by n_k(t), and so is what the last layer predicts: it is small early and large late, as the noise

@@ -207,10 +207,10 @@ def test_frequencies_keep_lengths_and_the_first_one_is_the_mean():
     np.testing.assert_allclose((found**2).sum((1, 2, 3)), (images**2).sum((1, 2, 3)), rtol=1e-5)
 
 
-def test_frequencies_are_read_where_cells_are_larger_than_a_pixel():
-    assert velocity_network(96).frequency_branch is None
-    network = velocity_network(192)
-    images = RNG.standard_normal((1, 192, 192, 1)).astype(np.float32)
+@pytest.mark.parametrize("image_size", [50, 192])
+def test_the_velocity_depends_on_the_frequencies_of_patches(image_size):
+    network = velocity_network(image_size)
+    images = RNG.standard_normal((1, image_size, image_size, 1)).astype(np.float32)
     inputs = {"detail": images, "faithful": images, "time": np.full(1, 0.5)}
     assert not np.any(ops.convert_to_numpy(network(inputs)))
     test_generator.with_random_weights(network.frequency_branch)
