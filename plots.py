@@ -107,33 +107,31 @@ def power_spectrum(path: Path, spectra: dict[str, np.ndarray], half_power: float
 
 
 def rate_distortion(path: Path, rows: list[dict[str, Any]], note: str = "") -> None:
-    """Draw reconstruction quality against bits per image, one point per grid.
-
-    There is one line for each combination of crop, image size and codebook size.
+    """Draw the quality of reconstructions and samples against bits per image, one point per run.
 
     Args:
-        rows: Each with `crop`, `image_size`, `grid`, `num_embeddings`, `prior_bits_per_image`, `ssim`, `ssim_brain` and
-            `psnr_db`.
+        rows: Each with `name`, the bits `prior_bits_per_image`, and `ssim_brain`, `c2st_reconstructions`,
+            `ms_ssim_of_pairs` and `ms_ssim_of_reconstructed_pairs`; NaN or None if it is not known.
     """
-    figure = _figure(11, 4, "Rate and distortion on the test split", note)
-    labels = {"ssim": "SSIM", "ssim_brain": "SSIM, brain only", "psnr_db": "PSNR (dB)"}
-    for axes, (name, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
-        for geometry in sorted({_geometry(row) for row in rows}):
-            line = sorted((r for r in rows if _geometry(r) == geometry), key=lambda row: row["prior_bits_per_image"])
-            bits, values = [row["prior_bits_per_image"] for row in line], [row[name] for row in line]
-            crop, size, num_embeddings = geometry
-            axes.plot(bits, values, marker="o", label=f"crop {crop}, {size} × {size}, {num_embeddings} codes")
-            for row, x, y in zip(line, bits, values, strict=True):
-                text = f"{row['grid']} × {row['grid']}"
-                axes.annotate(text, (x, y), (4, -10), textcoords="offset points", fontsize=7)
+    figure = _figure(12, 4, "Rate and distortion on the test split", note)
+    bits = [row["prior_bits_per_image"] for row in rows]
+    excess = [_number(row["ms_ssim_of_pairs"]) - _number(row["ms_ssim_of_reconstructed_pairs"]) for row in rows]
+    panels = {
+        "SSIM of reconstructions, brain only": [_number(row["ssim_brain"]) for row in rows],
+        "c2st, samples against reconstructions": [_number(row["c2st_reconstructions"]) for row in rows],
+        "MS-SSIM of pairs, samples above reconstructions": excess,
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axes.scatter(bits, values)
+        for row, x, y in zip(rows, bits, values, strict=True):
+            axes.annotate(row["name"], (x, y), (4, -10), textcoords="offset points", fontsize=7)
         axes.set(xlabel="bits per image, by the prior", ylabel=label, xscale="log")
         axes.margins(x=0.2, y=0.1)
-        axes.legend()
     _save(figure, path)
 
 
-def _geometry(row: dict[str, Any]) -> tuple[int, int, int]:
-    return row["crop"], row["image_size"], row["num_embeddings"]
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 # ----------------------------------------------------------------------------------------------- images

@@ -26,11 +26,9 @@ HISTORY = [
 CODES = [_RANDOM.integers(0, 9, (6, 2, 2)), _RANDOM.integers(0, 16, (6, 4, 4))]
 EMBEDDINGS = [_RANDOM.normal(size=(16, 4)), _RANDOM.normal(size=(16, 4))]
 RATES = [
-    {"crop": c, "image_size": 96, "grid": g, "num_embeddings": k, "prior_bits_per_image": g * k}
-    | {"ssim": 0.9, "ssim_brain": 0.8, "psnr_db": 9}
-    for c in (0, 192)
-    for g in (6, 12)
-    for k in (64, 512)
+    {"name": f"grid{grid}", "prior_bits_per_image": 6 * grid, "ssim_brain": 0.8, "c2st_reconstructions": c2st}
+    | {"ms_ssim_of_pairs": 0.8, "ms_ssim_of_reconstructed_pairs": 0.75}
+    for grid, c2st in ((6, 0.6), (12, None))
 ]
 
 DRAWINGS = {
