@@ -119,7 +119,7 @@ def rate_distortion(path: Path, rows: list[dict[str, Any]], note: str = "") -> N
     panels = {
         "SSIM of reconstructions, brain only": [_number(row["ssim_brain"]) for row in rows],
         "c2st, samples against reconstructions": [_number(row["c2st_reconstructions"]) for row in rows],
-        "MS-SSIM of pairs, samples above reconstructions": excess,
+        "pairs: MS-SSIM above reconstructions": excess,
     }
     for axes, (label, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         axes.scatter(bits, values)
