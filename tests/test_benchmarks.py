@@ -17,8 +17,9 @@ import dataset
 import driver
 import layers
 import model
+import options
 import phantom
-from benchmarks import blocks, common, kill, loading, priors, sampling
+from benchmarks import blocks, common, kill, loading, priors, rate, sampling
 
 MODULES = sorted(path.stem for path in Path(kill.__file__).parent.glob("[!_]*.py"))
 
@@ -310,3 +311,17 @@ def test_the_residual_block_of_the_vqvae_is_replaced_only_while_it_is_made():
     assert blocks.BareBlock in kinds
     assert layers.ResidualBlock not in kinds
     assert model.ResidualBlock is layers.ResidualBlock
+
+
+# ------------------------------------------------------------------------------------------------- rate.py
+
+
+@pytest.mark.parametrize("changes", rate.VARIANTS.values(), ids=rate.VARIANTS)
+def test_every_variant_is_a_configuration_that_can_work(changes):
+    options.check(driver.Config(**changes))
+
+
+def test_an_unknown_variant_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "report_machine", lambda: pytest.fail("it was measured"))
+    with pytest.raises(console.UserError, match="grid7.*grid6"):
+        rate.main(rate.Options(folder=tmp_path, variants=("grid6", "grid7")))
