@@ -3,7 +3,8 @@
     python app.py runs/oasis96      then open the address that it prints
     python app.py                   the same with the networks that come with the project
 
-The page and everything on it come from this process, and nothing leaves the machine. The run folder is only read.
+The page and everything on it come from this process, and files that are opened on the page are sent only to it. The run
+folder is only read.
 """
 
 import console
@@ -117,7 +118,6 @@ class Studio:
             "positions": self.generator.positions.tolist(),
             "sharp": self.generator.decoder is not None,
             "levels": list(self.generator.level_names),
-            "drafts": editing.NUM_CANDIDATES,
             "max_bits": MAX_BITS,
             "unseen": {"counts": np.asarray(counts).tolist(), "edges": np.asarray(edges).tolist()},
         }
@@ -571,11 +571,12 @@ def main(options: Options) -> None:
     studio = Studio.load(options.run_dir)
     server = make_server(studio, options.host, options.port)
     if options.host not in LOCAL:
-        console.warn(f"--host {options.host}: everybody who can reach this address can use the page and this machine")
+        console.warn(f"--host {options.host}: whoever can reach it can use the page, and the connection is not encrypted")
     print(f"preparing {studio.name}", flush=True)
     studio.prepare()
     with server:
-        print(f"open http://{options.host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        name = socket.gethostname() if options.host in ANY else options.host
+        print(f"open http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
 

@@ -19,12 +19,12 @@ class Config:
     data_dir: Path | None = None  # folder of OASIS PNG slices; None uses synthetic slices (and the preset "synthetic")
     name: str = "oasis96"  # name of the run; a preset sets its own
     synthetic_subjects: int = 64  # number of subjects of the synthetic slices, 16 slices each
-    run_dir: Path | None = None  # folder for everything that the run writes; None: runs/ and the name
+    run_dir: Path | None = None  # folder for everything that the run writes; None: runs/NAME
     cache_dir: Path | None = None  # folder for decoded slices, shared by all runs; None: in the user's cache folder
     start_from: Path | None = None  # folder of a finished run whose networks training begins with; None: from scratch
     keep: tuple[str, ...] = ()  # networks that are kept as they are in start_from, as in vqvae prior
     skip_broken_slices: bool = False  # leave out files that cannot be read, and list them, instead of stopping
-    seed: int = 0  # determines initial weights, shuffling, dropout, samples and the synthetic slices
+    seed: int = 0  # determines everything random: initial weights, shuffling, augmentation, dropout, samples
 
     crop: int | None = None  # side of the central square of each slice that is used; None: what the brains need; 0: all
     image_size: int = 96  # height and width in pixels; slices are cropped and then resized to it
@@ -51,7 +51,7 @@ class Config:
     coordinator: str | None = None  # of several processes (JAX): HOST:PORT of the first one, or "cluster" for SLURM
     num_processes: int = 1  # number of processes that share each batch, if coordinator is HOST:PORT
     process_index: int = 0  # of this process, from 0; only the first one writes files
-    previews: int = 10  # sheets of pictures that each stage draws while it is trained, in previews/; 0: none
+    previews: int = 10  # sheets drawn in previews/ while VQ-VAE, prior and sharp decoder are trained; 0: none
     vqvae_epochs: int = 30  # the epoch with the best validation loss is kept
     vqvae_learning_rate: float = 1e-3  # peak; it rises over the first steps, then falls to 0 along a cosine
 
@@ -63,8 +63,8 @@ class Config:
     prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
     prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
-    bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of the grid
-    prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on how they were
+    bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of its side
+    prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on the augmentation
     prior_epochs: int = 20  # the epoch with the best validation loss is kept
     prior_learning_rate: float = 1e-3  # peak, as above; also of the selector
 
@@ -139,7 +139,7 @@ def main(config: Config) -> dict[str, Any]:
         facts = {"slice_positions": positions.tolist(), "crop": slices["train"].crop}
         with run.start(fingerprint, found, **facts) if run else contextlib.nullcontext():
             if devices.broadcast_from_main(run is not None and run.is_complete()):
-                print(f"{options.run_folder(config)} is complete; choose another run_dir or seed for another run")
+                print(f"{options.run_folder(config)} is complete; choose another run_dir for another run")
                 return finish(config, run) if run else {}
             encoder, codes = train_vqvae(config, run, slices)
             generator = train_priors(config, run, slices, codes, encoder)

@@ -282,7 +282,7 @@ PICTURES = (
         "blind_test",
         _draw_blind_test,
         "A test for people: real test slices, reconstructions and generated slices in random order, as many of each. "
-        "Decide which are real, then look at the key, blind_test_key.csv.",
+        "Decide which are real, then open the key below, which is also in blind_test_key.csv.",
     ),
     Picture(
         "worst_reconstructions",

@@ -23,7 +23,7 @@ SAMPLE_ROWS = (
     (
         "c2st_reconstructions",
         "classifier accuracy against reconstructions",
-        "0.50 is best; a higher value is due to the prior, not to the decoder",
+        "0.50 is best; a higher value is due to the codes, not to the decoder",
         "c2st",
     ),
     ("c2st_codes", "classifier accuracy, on codes", "0.50 is best; does not depend on the decoder", "c2st_codes"),
@@ -62,7 +62,8 @@ SAMPLE_ROWS = (
         (
             f"near_duplicate_rate_{space}",
             f"near-duplicates of training slices, in {space}",
-            "fraction nearer to a training slice than the nearest 1\u00a0% of unseen slices; 0.01 is expected",
+            "fraction as near to a training slice as the nearest 1\u00a0% of unseen slices; about 0.01 is expected, but in "
+            "codes, where many distances are equal, as much as for the reconstructions",
             f"near_duplicate_rate_{space}",
         )
         for space in ("codes", "pixels", "features")
@@ -74,10 +75,10 @@ CONTROL_COLUMNS = (
     ("c2st_codes", "classifier, on codes"),
     ("critic_auc", "AUC of the critic"),
     ("precision", "precision"),
+    ("density", "density"),
     ("recall", "recall"),
-    ("near_duplicate_rate_codes", "near-duplicates in codes"),
-    ("near_duplicate_rate_pixels", "in pixels"),
-    ("near_duplicate_rate_features", "in features"),
+    ("coverage", "coverage"),
+    *((f"near_duplicate_rate_{space}", f"near-duplicates in {space}") for space in ("codes", "pixels", "features")),
 )
 
 
@@ -293,7 +294,7 @@ def _quality(numbers: dict[str, Any]) -> Finding:
             finding.summary = "The classifier fails its controls."
         for value, means in (
             (accuracy, "samples from real slices"),
-            (against_decoded, "samples from reconstructions, which is due to the prior and not to the decoder"),
+            (against_decoded, "samples from reconstructions, which is due to the codes and not to the decoder"),
         ):
             sentence = f"A classifier {'can hardly distinguish' if value < 0.6 else 'distinguishes'} {means}."
             finding.add_if_reliable(numbers, "c2st", "the classifier of images", value < 0.6, sentence)

@@ -406,7 +406,7 @@ class Run:
             for name in found:
                 del self._records[name]
         if stale:
-            print(f"made from other networks or options than those of now, to be made again: {_enumerate(stale)}")
+            print(f"made from networks or options that have changed, so made again: {_enumerate(stale)}")
             for name in stale:
                 remove(self.folder / name)
             self._lost -= set(stale)

@@ -129,7 +129,7 @@ def test_variety_is_compared_with_reconstructions_by_the_decoder_of_the_samples(
     ("samples", "title", "words"),
     [
         ({"c2st_real": accuracy(0.97)}, "Samples: quality", "samples from real slices"),
-        ({"c2st_reconstructions": accuracy(0.9)}, "Samples: quality", "due to the prior"),
+        ({"c2st_reconstructions": accuracy(0.9)}, "Samples: quality", "due to the codes"),
         ({"c2st_codes": accuracy(0.9)}, "Samples: quality", "their codes"),
         ({"critic_auc": 0.7}, "Samples: quality", "critic"),
         ({"critic_auc": 0.3}, "Samples: quality", "critic"),
