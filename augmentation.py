@@ -11,7 +11,7 @@ MAX_ANGLE = 5 * np.pi / 180  # Radians.
 MAX_SCALE = 0.05  # Relative change of distances.
 MAX_BEND = 0.01  # Amplitude of each wave of the smooth deformation, relative to the side of the image.
 MAX_GAIN = 0.1  # Relative change of the intensity.
-NUM_WAVES = 2  # Waves per axis of the smooth deformation.
+NUM_WAVES = 2  # Waves per axis of the smooth deformation. The priors of finished runs fit this number only.
 NUM_PARAMETERS = 5 + 2 * NUM_WAVES**2  # Numbers that describe the augmentation of one image.
 
 

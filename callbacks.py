@@ -233,7 +233,7 @@ class EpochSummary(keras.callbacks.Callback):
     """Prints one line per epoch, and a progress bar within the epoch on terminals.
 
     Args:
-        epochs: Maximum number of epochs.
+        epochs: Number of epochs.
         shown: Names of the metrics to print, of training and validation.
     """
 

@@ -18,6 +18,7 @@ from generator import Results
 from pngs import BRAIN_THRESHOLD
 
 TRAINING_SLICES = 3000  # Training slices that samples are compared with at most, unless more are asked for.
+PAIRS_PER_SLICE = 3  # Pairs of test slices that are compared, for each slice.
 NUM_DRAWS = 10  # Draws of other subjects, whose measures are averaged.
 CLASSIFIER_TRAININGS = 3  # How often the classifiers are trained that compare images with real slices.
 
@@ -86,7 +87,7 @@ def compare(results: Results, seed: int, remember: Remember = compute_always) ->
         - failed_controls: for each measure, the controls that it fails; see `controls.failed_controls`.
     """
     comparison = Comparison(results, seed, remember)
-    real, decoded, samples = comparison.real, comparison.decoded, comparison.samples()
+    real, decoded, samples = comparison.real, comparison.reconstructions, comparison.samples()
     faithful, drawn = comparison.redecode(samples), comparison.draw_reconstructions()
     sampled = {
         "count": len(real["test"].images),
@@ -138,20 +139,20 @@ class Comparison:
 
     Attributes:
         real: The real slices, by split.
-        decoded: The same with their reconstructions as images.
+        reconstructions: The same with their reconstructions by the VQ-VAE as images.
         train: `real["train"]`.
         pairs: (P, 2) indices of test slices at the same position that show different subjects.
     """
 
     def __init__(self, results: Results, seed: int, remember: Remember = compute_always) -> None:
         self.results, self.seed, self.remember = results, seed, remember
-        self.real, self.decoded = {}, {}
+        self.real, self.reconstructions = {}, {}
         for split, slices in results.slices.items():
             index = results.compared[split]
             codes = [indices[index] for indices in results.codes[split]]
             images, decoded = to_display_uint8(slices.images[index]), self._decode(codes)
             self.real[split] = Part(images, codes, slices.positions[index], slices.subjects[index], decoded)
-            self.decoded[split] = replace(self.real[split], images=decoded)
+            self.reconstructions[split] = replace(self.real[split], images=decoded)
         self.train, test = self.real["train"], self.real["test"]
         self.pairs = random_pairs(test.positions, test.subjects, seed)
         self.whiten = two_sample.whitening(two_sample.random_features(self.train.images))
@@ -187,10 +188,10 @@ class Comparison:
         """The codes of the real slices, decoded as samples are. Those of the test split were drawn before."""
         test = self.results.sharp_reconstructions
         if test is None:
-            return self.decoded
+            return self.reconstructions
 
         def draw(split: str) -> np.ndarray:
-            codes = self.decoded[split].codes
+            codes = self.reconstructions[split].codes
             return to_display_uint8(self.results.generator.draw(codes, self.seed, f"reconstructions of {split}"))
 
         images = {
@@ -198,7 +199,7 @@ class Comparison:
             for split in ("train", "validate")
         }
         images["test"] = to_display_uint8(test[self.results.compared["test"]])
-        return {split: replace(part, images=images[split]) for split, part in self.decoded.items()}
+        return {split: replace(part, images=images[split]) for split, part in self.reconstructions.items()}
 
     def _fakes(self, images: np.ndarray, codes: list[np.ndarray], positions: np.ndarray, decoded: np.ndarray) -> Part:
         return Part(images, codes, positions, np.array([f"fake {i}" for i in range(len(images))]), decoded)
@@ -220,10 +221,11 @@ class Comparison:
                 split: self._fakes(decoded[split], codes, self.real[split].positions, decoded[split])
                 for split, codes in patched.items()
             }
-            return self.decoded, fakes
+            return self.reconstructions, fakes
         if name == "decoded_training_codes":
             copies = self.train.take(self._matched(self.train, "decoded training codes"))
-            return self.decoded, {"test": self._fakes(copies.decoded, copies.codes, copies.positions, copies.decoded)}
+            fake = self._fakes(copies.decoded, copies.codes, copies.positions, copies.decoded)
+            return self.reconstructions, {"test": fake}
         spoiled = {split: self._spoil(part, name, split) for split, part in self.real.items()}
         codes = self.results.generator.encode(spoiled["test"].images)
         return self.real, spoiled | {"test": replace(spoiled["test"], codes=codes, decoded=self._decode(codes))}
@@ -349,12 +351,13 @@ class Comparison:
         return {"c2st_real": self.classify_images(self.real, images), **self.measure(images["test"])}
 
     def measure_control(self, name: str) -> dict[str, Any]:
-        """Measure the control of this name in `controls.DESCRIPTIONS`: `measure`, c2st and c2st_codes."""
+        """Measure a control in `controls.DESCRIPTIONS`: `measure`, `measure_copies`, c2st and c2st_codes."""
         faultless, control = self.control(name)
         return {
             "c2st": self.classify_images(faultless, control),
             "c2st_codes": self.classify_codes(faultless, control),
             **self.measure(control["test"]),
+            **self.measure_copies(control["test"], faultless["test"]),
         }
 
     def measure_other_subjects(self) -> dict[str, Any]:
@@ -384,8 +387,8 @@ class Comparison:
         """Compare the images themselves, including what a sharp decoder has added, with the real training slices.
 
         Args:
-            samples: The samples.
-            unseen: Slices of test subjects, encoded and decoded in the same way.
+            samples: The samples, or a control.
+            unseen: Slices of test subjects, encoded and decoded in the same way; the set without a fault of a control.
 
         Returns:
             The numbers of `two_sample.nearest_neighbour_metrics` for "images".
@@ -515,16 +518,16 @@ def matched_slices(part: Part, targets: Part, random: np.random.Generator) -> np
     return chosen
 
 
-def random_pairs(positions: np.ndarray, subjects: np.ndarray, seed: int, rounds: int = 3) -> np.ndarray:
-    """Draw pairs of slices at the same position that show different subjects, up to `rounds` per slice.
+def random_pairs(positions: np.ndarray, subjects: np.ndarray, seed: int) -> np.ndarray:
+    """Draw pairs of slices at the same position that show different subjects, up to `PAIRS_PER_SLICE` per slice.
 
     Returns:
-        (P, 2) indices, P at most N · `rounds`.
+        (P, 2) indices, P at most N · `PAIRS_PER_SLICE`.
     """
     random, pairs = seeds.generator(seed, "pairs of slices"), []
     for i in range(len(positions)):
         partners = np.flatnonzero((positions == positions[i]) & (subjects != subjects[i]))
-        pairs += [(i, j) for j in random.permutation(partners)[:rounds]]
+        pairs += [(i, j) for j in random.permutation(partners)[:PAIRS_PER_SLICE]]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 

@@ -115,7 +115,7 @@ def failed_controls(controls: dict[str, dict[str, Any]], reconstructions: dict[s
     for name, least in (("blocks", 0.95), ("halves", 0.65)):
         auc = controls[name]["critic_auc"]
         require("critic_auc", name, auc, auc >= least, f"at least {least}")
-    for space in ("codes", "pixels", "features"):
+    for space in ("codes", "pixels", "features", "images"):
         measure = f"near_duplicate_rate_{space}"
         copies, unseen = controls["decoded_training_codes"][measure], controls["real"][measure]
         require(measure, "decoded_training_codes", copies, copies >= 0.9, "at least 0.9")

@@ -30,7 +30,7 @@ class Config:
     image_size: int = 96  # height and width in pixels; slices are cropped and then resized to it
     coding_size: int | None = None  # height and width of the images that the VQ-VAE encodes; None: image_size
     grids: tuple[int, ...] = (12,)  # side of each level's code grid, one or two, the coarsest first, as in 32 64
-    channels: int = 64  # channels of the first convolution; coarser resolutions have twice as many
+    channels: int = 64  # half the number of channels at the code grids; see VQVAE
     residual_blocks: int = 2  # blocks at each code grid, in encoder and decoder; half as many at twice its resolution
     num_embeddings: int = 512  # K: number of codes in each codebook
     embedding_dim: int = 32  # D: length of a code's vector
@@ -62,11 +62,11 @@ class Config:
     prior_kernel_size: int = 3  # side of the masked convolutions in the blocks, odd; the first convolution is 7 x 7
     prior_dropout: float = 0.1  # dropout rate in the blocks
     prior_uses_position: bool = True  # condition the prior on the slice position
-    prior_attention: int = 3  # attention layers of the gated prior; with two levels, of the top level's
+    prior_attention: int = 3  # attention layers of gated prior and critic; with two levels, of the top level's
     bottom_prior_attention: int = 1  # of the bottom level's prior; memory grows with the fourth power of its side
     prior_augment: bool = True  # train the prior on codes of freshly augmented slices, conditioned on the augmentation
-    prior_epochs: int = 20  # the epoch with the best validation loss is kept
-    prior_learning_rate: float = 1e-3  # peak, as above; also of the selector
+    prior_epochs: int = 20  # the epoch with the best validation loss is kept; the critic gets half as many
+    prior_learning_rate: float = 1e-3  # peak, as above; also of the critic and the selector
 
     selector_epochs: int = 27  # of the selector, which chooses among proposals of the prior; 0: it is not used
     num_candidates: int = 8  # number of proposals for each generated slice; 1: the selector chooses nothing

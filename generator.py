@@ -101,8 +101,10 @@ class Generator:
         return cls(vqvae, priors, config["slice_positions"], batch_size, config["crop"], decoder, selector, candidates)
 
     def replace(self, **parts: Any) -> "Generator":
-        """Return a copy of which some attributes are replaced. Call `compiled` last: it compiles the networks."""
+        """Return a copy of which some attributes are replaced."""
         other = copy.copy(self)
+        if parts.keys() & {"vqvae", "decoder"}:
+            vars(other).pop("_draw", None)  # Compiled for the networks that are replaced.
         vars(other).update(parts)
         return other
 

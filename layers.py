@@ -10,6 +10,7 @@ which layers were created before. No layer needs `get_config`: Keras generates i
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import keras
@@ -140,6 +141,13 @@ def replica_index_and_count() -> tuple[Tensor, int]:
     return 0, 1
 
 
+def own_rows(draw: Callable[[int], Tensor], count: int) -> Tensor:
+    """Return the `count` rows of this replica of random numbers that `draw(n)` draws for all n rows of the batch."""
+    index, replicas = replica_index_and_count()
+    drawn = draw(replicas * count)
+    return drawn if replicas == 1 else drawn[index * count : (index + 1) * count]
+
+
 def sum_over_replicas(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all replicas, in each of them. With several, no gradient passes through it."""
     if replica_index_and_count()[1] == 1:
@@ -197,15 +205,16 @@ class VectorQuantizer(keras.layers.Layer):
 
         N_k ← γ N_k + (1 − γ) n_k,    m_k ← γ m_k + (1 − γ) Σz,    e_k = m_k / N_k.
 
-    A code is dead if its count N_k falls below `dead_code_threshold` times the mean count. It is replaced by a random
-    vector of the batch, and its count and sum are reset to match. Counts start at zero, so the first training batch
-    initialises the whole codebook. The codebook changes in training only, and never while `trainable` is False.
+    A code is dead if N_k falls below `dead_code_threshold` times the mean of n_k over all codes. It is replaced by a
+    random vector of the batch, and N_k and m_k are set to match. Counts start at zero, so the first training batch sets
+    the whole codebook: most codes are dead, and those that are not become the mean of their vectors. The codebook
+    changes in training only, and never while `trainable` is False.
 
     With `background_code`, code 0 is reserved for cells that show nothing but background: its vector is zero, `call`
-    and `nearest` are told where it is used, and no other cell gets it. The counts and the metrics leave it out.
+    and `nearest` take a mask of these cells, and no other cell gets it. The counts and the metrics leave it out.
 
-    The layer computes in float32 under every dtype policy. Used alone in a model, it adds its losses through `losses`.
-    `VQVAE` calls `loss_and_metrics` instead.
+    The layer computes in float32 under every dtype policy. A model adds its loss in `compute_loss`, with
+    `loss_and_metrics`.
 
     Args:
         num_embeddings: Number of codes, K.
@@ -234,7 +243,7 @@ class VectorQuantizer(keras.layers.Layer):
         embedding_dim: int,
         commitment_weight: float = 0.25,
         codebook: str = "ema",
-        decay: float = 0.99,
+        decay: float = 0.98,
         dead_code_threshold: float = 0.1,
         seed: int = 0,
         prefix: str = "",
@@ -289,9 +298,6 @@ class VectorQuantizer(keras.layers.Layer):
 
         codebook_loss = ops.mean(ops.square(ops.stop_gradient(inputs) - quantized))
         commitment_loss = self.commitment_weight * ops.mean(ops.square(inputs - ops.stop_gradient(quantized)))
-        self.add_loss(commitment_loss)
-        if self.codebook == "gradient":
-            self.add_loss(codebook_loss)
         one_hot = ops.one_hot(ops.reshape(indices, (-1,)), self.num_embeddings, dtype="float32")  # (B·h·w, K)
         if self.background_code:
             one_hot = one_hot * ops.cast(ops.arange(self.num_embeddings) > 0, "float32")
@@ -306,8 +312,8 @@ class VectorQuantizer(keras.layers.Layer):
     def loss_and_metrics(self) -> Tensor:
         """Return the layer's loss in its last call, a scalar, and update the layer's metrics with that call.
 
-        `compute_loss` of a model calls this method. `call` cannot update metrics on JAX, and under tf.distribute all
-        replicas share one list of `losses`.
+        `compute_loss` of a model calls this method. The layer does not call `add_loss`, because under tf.distribute all
+        replicas would share one list of `losses`, and `call` cannot update metrics on JAX.
         """
         last = self.last_call
         self.codebook_loss.update_state(last.codebook_loss, sample_weight=last.batch_size)

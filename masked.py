@@ -17,7 +17,7 @@ from keras import ops
 
 from layers import PACKAGE, Shape, Tensor
 
-NUM_HEADS = 4  # Of each attention layer, at most.
+NUM_HEADS = 4  # Of each attention layer, at most. The weights of finished runs fit this number only.
 
 State: TypeAlias = dict[str, Tensor]  # what a layer keeps during cached sampling, see sampling.CachedLayer
 
@@ -152,7 +152,7 @@ class MaskedConv2D(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Stem(keras.layers.Layer):
-    """First layer of the PixelCNN: masked convolutions of type A, plus a learned vector for each place in the grid.
+    """First layer of the PixelCNN: masked convolutions of type A, plus a learned position embedding.
 
     Args:
         filters: Number of channels of each stack.

@@ -417,20 +417,20 @@ def joint_histogram(originals: np.ndarray, predictions: np.ndarray) -> np.ndarra
     return np.bincount((predicted * 256 + originals).ravel(), minlength=256**2).reshape(256, 256)
 
 
-def fit_logistic_scales(counts: np.ndarray, min_pixels: int = 100) -> np.ndarray:
+def fit_logistic_scales(counts: np.ndarray) -> np.ndarray:
     """Fit the scale of the logistic, in grey levels, at each predicted grey level by maximum likelihood.
 
     Args:
         counts: (256, 256), see `joint_histogram`.
-        min_pixels: Predicted levels with fewer pixels use the scale that fits all pixels best.
 
     Returns:
-        (256,) float64, on a grid from 0.02 to 64.
+        (256,) float64, on a grid from 0.02 to 64. Predicted levels with fewer than 100 pixels use the scale that fits
+        all pixels best.
     """
     candidates = np.geomspace(0.02, 64, 60)
     nats = np.stack([-np.sum(counts * _logistic_log_prob(np.full(256, s)), axis=1) for s in candidates])  # (60, 256)
     best = candidates[np.argmin(nats, axis=0)]
-    return np.where(counts.sum(axis=1) >= min_pixels, best, candidates[np.argmin(nats.sum(axis=1))])
+    return np.where(counts.sum(axis=1) >= 100, best, candidates[np.argmin(nats.sum(axis=1))])
 
 
 def logistic_bits(counts: np.ndarray, scales: np.ndarray) -> float:

@@ -23,6 +23,7 @@ from layers import (
     ResidualBlock,
     Tensor,
     VectorQuantizer,
+    own_rows,
     position_features,
     replica_index_and_count,
     resize,
@@ -102,14 +103,15 @@ class VQVAE(keras.Model):
     is then spent on details of the brain outside of the brain, and no sample has anything in the background.
 
     With a `coding_size` below `image_size`, images are shrunk to it before they are encoded, and the decoded images are
-    enlarged. What a few codes cannot say is not computed then. A `SharpDecoder` can still draw at the full size.
+    enlarged. This saves computing detail that so few codes cannot encode. A `SharpDecoder` can still draw at the full
+    size.
 
-    An encoder halves its input with 4 × 4 convolutions of stride 2, which have twice `channels` channels. Those on the
-    image begin with `channels` channels; if there are more than three, with half as many for each further one, and the
-    number doubles from one to the next. At the resolution of the level's grid they are followed by `residual_blocks`
-    residual blocks, and at twice that resolution by half as many. Decoders mirror the encoders with transposed
-    convolutions. The loss is equation 3 of van den Oord et al. 2017, summed over the levels, with the reconstruction
-    term
+    An encoder halves its input with 4 × 4 convolutions of stride 2. With c = `channels`, those on an image have c
+    channels if it is halved once; c and 2c if twice; c, 2c and 2c if three times; c/2, c, 2c and 2c if four times; and
+    so on. Those of a coarser level all have 2c. At the resolution of the level's grid they are followed by
+    `residual_blocks` residual blocks, and at twice that resolution by half as many. Decoders mirror the encoders with
+    transposed convolutions. The loss is equation 3 of van den Oord et al. 2017, summed over the levels, with the
+    reconstruction term
 
         mse_weight · MSE / data_variance + l1_weight · L1 + ssim_weight · (1 − SSIM).
 
@@ -118,7 +120,7 @@ class VQVAE(keras.Model):
         grids: Height and width of the code grid of each level, one or two, coarsest first. Each is smaller than the
             next by a power of two, and the last than the coding size.
         coding_size: Height and width of the images that are encoded and decoded. None: `image_size`.
-        channels: Half of the number of channels at the resolution of a grid; see above.
+        channels: c, half of the number of channels at the resolution of a grid; see above.
         residual_blocks: Number of residual blocks at the resolution of a grid, in encoder and decoder each.
         num_embeddings, embedding_dim, commitment_weight, codebook, ema_decay, dead_code_threshold, seed: See
             `VectorQuantizer`. They are the same for all levels, but each level has its own random stream.
@@ -150,7 +152,7 @@ class VQVAE(keras.Model):
         embedding_dim: int = 32,
         commitment_weight: float = 0.25,
         codebook: str = "ema",
-        ema_decay: float = 0.99,
+        ema_decay: float = 0.98,
         dead_code_threshold: float = 0.1,
         mse_weight: float = 1.0,
         l1_weight: float = 1.0,
@@ -238,7 +240,9 @@ class VQVAE(keras.Model):
             if training and level:
                 quantized = self._drop_bottom(quantized)
             decoded = self.decoders[level](concatenate(quantized, decoded))
-        reconstructions = self._enlarge(decoded, self.background(images, len(self.grids) - 1))
+        reconstructions = resize(decoded, self.image_size)
+        if self.background_threshold is not None:
+            reconstructions = blacken(reconstructions, self.background(images, len(self.grids) - 1))
         return reconstructions if training else ops.clip(reconstructions, 0, 1)
 
     def _shrink(self, images: Tensor) -> Tensor:
@@ -259,23 +263,13 @@ class VQVAE(keras.Model):
         brightest = ops.max(ops.reshape(images, (-1, grid, side, grid, side)), axis=(2, 4))
         return brightest <= (self.background_threshold or 0)
 
-    def _enlarge(self, decoded: Tensor, background: Tensor) -> Tensor:
-        """Resize decoded images (B, S, S, 1) to (B, H, W, 1) float32.
-
-        Pixels in cells of the finest grid that are `background`, (B, h, w) bool, are set to zero if a code is reserved
-        for them.
-        """
-        images = resize(decoded, self.image_size)
-        return images if self.background_threshold is None else blacken(images, background)
-
     def _drop_bottom(self, quantized: Tensor) -> Tensor:
         """Replace the vectors (B, h, w, D) of random images by the mean of all vectors of the batch."""
-        (index, replicas), batch_size = replica_index_and_count(), ops.shape(quantized)[0]
         mean = ops.stop_gradient(ops.mean(quantized, axis=(0, 1, 2), keepdims=True))
-        uniforms = keras.random.uniform((replicas * batch_size, 1, 1, 1), seed=self.seed_generator)
-        if replicas > 1:
-            mean = sum_over_replicas(mean) / replicas
-            uniforms = uniforms[index * batch_size : (index + 1) * batch_size]
+        mean = sum_over_replicas(mean) / replica_index_and_count()[1]
+        uniforms = own_rows(
+            lambda n: keras.random.uniform((n, 1, 1, 1), seed=self.seed_generator), ops.shape(quantized)[0]
+        )
         return ops.where(uniforms < self.bottom_dropout, mean, quantized)
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -314,10 +308,7 @@ class VQVAE(keras.Model):
         Returns:
             Images (B, H, W, 1) float32 in [0, 1].
         """
-        decoded = None
-        for decoder, vectors in zip(self.decoders, quantized, strict=True):
-            decoded = decoder(concatenate(vectors, decoded))
-        return ops.clip(self._enlarge(decoded, ops.all(quantized[-1] == 0, axis=-1)), 0, 1)
+        return decode_vectors(self.decoders, quantized, self.image_size, self.background_threshold is not None)
 
     def decode_code(self, codes: Sequence[Tensor]) -> Tensor:
         """Decode code indices.
@@ -360,6 +351,27 @@ class VQVAE(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         return {**self.settings, "name": self.name}
+
+
+def decode_vectors(
+    decoders: Sequence[keras.Model], quantized: Sequence[Tensor], image_size: int, background_code: bool
+) -> Tensor:
+    """Decode quantized vectors; see `VQVAE.decode`.
+
+    Args:
+        decoders: The decoder of each level, the coarsest first.
+        quantized: (B, h, w, D) for each level.
+        image_size: Height and width of the images.
+        background_code: Whether cells of the finest grid whose vector is zero, that of code 0, are decoded to black.
+
+    Returns:
+        Images (B, H, W, 1) float32 in [0, 1].
+    """
+    decoded = None
+    for decoder, vectors in zip(decoders, quantized, strict=True):
+        decoded = decoder(concatenate(vectors, decoded))
+    images = ops.clip(resize(decoded, image_size), 0, 1)
+    return blacken(images, ops.all(quantized[-1] == 0, axis=-1)) if background_code else images
 
 
 def concatenate(features: Tensor, decoded: Tensor | None) -> Tensor:
@@ -483,7 +495,7 @@ class PixelCNN(keras.Model):
         filters: int = 128,
         num_blocks: int = 6,
         kernel_size: int = 3,
-        dropout: float = 0.2,
+        dropout: float = 0.1,
         gated: bool = True,
         use_position: bool = True,
         attention: int = 0,

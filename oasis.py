@@ -122,7 +122,7 @@ def list_members(archive: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _open_archive(archive: Path) -> Iterator[tarfile.TarFile]:
-    """Open a tar archive to read it once from its begin to its end. Raises `OasisError` if it is damaged."""
+    """Open a tar archive to read it once, sequentially. Raises `OasisError` if it is damaged."""
     try:
         with tarfile.open(archive, "r|*") as tar:
             yield tar

@@ -66,9 +66,9 @@ _EARLIER_WORK = {
 # With gradients, the codes of these presets cannot follow the encoder, whose outputs grow without bound.
 _MOVING_AVERAGES = {"codebook": "ema", "dead_code_threshold": 0.1}
 
-# Name, description, and the constants that differ from driver.py's. By the time of their steps, student256, residual256
-# and ssim256 are trained within an hour and a half on one core, in mixed precision, with a convolution peak of 450
-# GFLOP/s. Sampling and the evaluation took student256 and ssim256 at least as long again.
+# Name, description, and the constants that differ from driver.py's. Estimated from the time per step, the training of
+# student256, residual256 and ssim256 takes an hour and a half at most on one core, in mixed precision, with a
+# convolution peak of 450 GFLOP/s. Sampling and the evaluation took student256 and ssim256 at least as long again.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "oasis96": ("96 x 96, one level of 12 x 12 codes: the constants of driver.py, the default with data_dir", {}),
     "oasis192": (
@@ -360,9 +360,7 @@ def _check_processes(config: Any, require: Callable[[str, Callable[[Any], bool],
 
 
 def _check_attention(config: Any) -> None:
-    """Refuse attention layers that need more than `MAX_ATTENTION_BYTES` of memory."""
-    if config.prior != "gated":
-        return
+    """Refuse attention layers that need more than `MAX_ATTENTION_BYTES` of memory. The critic has them in any case."""
     for grid, name in zip(config.grids, ("prior_attention", "bottom_prior_attention"), strict=False):
         # Scores, weights and gradients: float32 for each pair of cells.
         layer = 3 * 4 * masked.NUM_HEADS * config.batch_size * grid**4

@@ -105,8 +105,7 @@ def _draw_power_spectrum(path: Path, results: Results) -> None:
         sets["sharp reconstructions"] = results.sharp_reconstructions
         sets["generated slices, faithful decoder"] = results.generator.decode(results.compared_samples["test"].codes)
     spectra = {name: metrics.power_spectrum(images) for name, images in sets.items()}
-    half_power = metrics.half_power_frequency(spectra["test slices"], spectra["their reconstructions"])
-    plots.power_spectrum(path, spectra, half_power, results.note)
+    plots.power_spectrum(path, spectra, results.numbers["half_power_frequency"], results.note)
 
 
 def _draw_nearest_training_slices(path: Path, results: Results) -> None:

@@ -356,15 +356,13 @@ def _figure(width: float, height: float, title: str, note: str) -> Figure:
     return figure
 
 
-def _columns(
-    count: int, rows: Sequence[str], title: str, note: str, across: int = 5
-) -> tuple[Figure, list[list[Axes]], np.ndarray]:
-    """Make axes for `count` columns of images, `across` columns beside one another, then a new band below.
+def _columns(count: int, rows: Sequence[str], title: str, note: str) -> tuple[Figure, list[list[Axes]], np.ndarray]:
+    """Make axes for `count` columns of images, five columns beside one another, then a new band below.
 
     Returns:
         The figure, the axes of each column from the top, and all axes as one array.
     """
-    across = min(count, across)
+    across = min(count, 5)
     deep = -(-count // across) * len(rows)
     figure = _figure(1.9 * across + 0.6, 1.95 * deep + 0.8, title, note)
     grid = figure.subplots(deep, across, squeeze=False)

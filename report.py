@@ -62,8 +62,8 @@ SAMPLE_ROWS = (
         (
             f"near_duplicate_rate_{space}",
             f"near-duplicates of training slices, in {space}",
-            "fraction as near to a training slice as the nearest 1\u00a0% of unseen slices; about 0.01 is expected, but in "
-            "codes, where many distances are equal, as much as for the reconstructions",
+            "fraction as near to a training slice as the nearest 1\u00a0% of unseen slices; about 0.01 is expected, "
+            "but in codes, where many distances are equal, as much as for the reconstructions",
             f"near_duplicate_rate_{space}",
         )
         for space in ("codes", "pixels", "features")
@@ -78,7 +78,10 @@ CONTROL_COLUMNS = (
     ("density", "density"),
     ("recall", "recall"),
     ("coverage", "coverage"),
-    *((f"near_duplicate_rate_{space}", f"near-duplicates in {space}") for space in ("codes", "pixels", "features")),
+    *(
+        (f"near_duplicate_rate_{space}", f"near-duplicates in {space}")
+        for space in ("codes", "pixels", "features", "images")
+    ),
 )
 
 
@@ -106,7 +109,7 @@ class Finding:
 
     def add_if_reliable(self, numbers: dict[str, Any], measure: str, name: str, is_good: bool, sentence: str) -> None:
         """Add a sentence unless the measure that it rests on fails its controls."""
-        failed = numbers["failed_controls"][measure]
+        failed = numbers["failed_controls"].get(measure, [])  # Older runs lack controls.
         reason = f"Nothing follows from {name}. Failed controls: {', '.join(failed)}."
         if failed:
             self.open += [reason] if reason not in self.open else []
@@ -371,7 +374,10 @@ def _memorisation(numbers: dict[str, Any]) -> Finding:
             f"slice; for slices of unseen subjects it is {_percent(decoded['code_hamming'])}."
         )
     if samples["near_duplicate_rate_images"] is not None:
-        finding.add(
+        finding.add_if_reliable(
+            numbers,
+            "near_duplicate_rate_images",
+            "near-duplicates in images",
             samples["near_duplicate_rate_images"] <= 0.03,
             f"As they are shown, {_percent(samples['near_duplicate_rate_images'], 1)} of the samples are nearer to a "
             f"real training slice than the nearest {_percent(0.01)} of unseen subjects' slices.",

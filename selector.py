@@ -30,6 +30,7 @@ from keras import ops
 import model
 from layers import PACKAGE, Shape, Tensor, replica_index_and_count
 
+# The weights of finished runs fit these numbers only.
 COARSEST = 6  # Grids are halved until they are not larger.
 NUM_CLASSIFIERS = 3
 

@@ -27,13 +27,14 @@ from scipy import fft
 
 import model
 import seeds
-from layers import PACKAGE, Shape, Tensor, replica_index_and_count, resize
+from layers import PACKAGE, Shape, Tensor, own_rows, replica_index_and_count
 from pngs import BRAIN_THRESHOLD
 
+# The weights of finished runs fit these numbers only, and NUM_STEPS changes what they draw.
 WORKING_SIZE = 96  # Resolution at which the network works, about; each of its cells is a square of pixels.
 TIME_FEATURES = 128  # Number of features that describe the time.
 HEAD_SIZE = 32  # Channels of each attention head.
-PATCH_RESOLUTION = 2  # How often the resolution is halved until each cell covers a patch.
+PATCH_LEVEL = 2  # Level of the U-Net, from 0, the finest, at which each cell covers a patch.
 NUM_STEPS = 4  # Steps from noise to detail, each with two evaluations of the network.
 FREQUENCY_FEATURES = 512  # Features that describe the frequencies of a patch.
 MIN_SCALE = 1e-3  # Smallest standard deviation of a frequency on the [0, 1] scale: that of rounded pixels.
@@ -55,7 +56,7 @@ class SharpDecoder(keras.Model):
         background_code: Whether cells of the finest grid with code 0 are decoded to black.
         detail_channels: See `VelocityNetwork`.
         detail_scales: Standard deviations of the frequencies of what the faithful images lack, on the [0, 1] scale; see
-            `detail_scales`. By default all are 0.1.
+            `detail_scales`.
         velocity: The network to use; by default, a new one.
 
     Example: For images of 96 × 96 pixels and grids (12,):
@@ -73,14 +74,14 @@ class SharpDecoder(keras.Model):
         num_embeddings: int,
         embedding_dim: int,
         background_code: bool,
-        detail_channels: int = 32,
-        detail_scales: Sequence[float] | None = None,
+        detail_channels: int,
+        detail_scales: Sequence[float],
         velocity: "VelocityNetwork | None" = None,
         name: str = "decoder",
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
-        scales = np.full(patch_side(image_size) ** 2, 0.1) if detail_scales is None else np.asarray(detail_scales)
+        scales = np.asarray(detail_scales)
         self.settings = {
             "image_size": image_size,
             "grids": list(grids),
@@ -146,11 +147,7 @@ class SharpDecoder(keras.Model):
 
     def decode_faithfully(self, quantized: Sequence[Tensor]) -> Tensor:
         """Decode quantized vectors as the VQ-VAE does: (B, H, W, 1) float32 in [0, 1]."""
-        decoded = None
-        for vectors, decoder in zip(quantized, self.decoders, strict=True):
-            decoded = decoder(model.concatenate(vectors, decoded))
-        faithful = ops.clip(resize(decoded, self.image_size), 0, 1)
-        return model.blacken(faithful, ops.all(quantized[-1] == 0, axis=-1)) if self.background_code else faithful
+        return model.decode_vectors(self.decoders, quantized, self.image_size, self.background_code)
 
     def add_detail(self, faithful: Tensor, noise: Tensor) -> Tensor:
         """Add detail to images that the VQ-VAE has decoded.
@@ -197,11 +194,12 @@ def detail_scales(images: np.ndarray, faithful: np.ndarray) -> list[float]:
 def near_brain(faithful: Tensor) -> Tensor:
     """Return where detail is drawn: 1 near the brain in decoded images, 0 elsewhere; (B, H, W, 1) float32 both.
 
-    Decoded images have faint specks far from any brain, where real slices are almost black.
+    Near means within 1/32 of the image's width, and at least 2 pixels, in both directions, of a pixel that is brighter
+    than `BRAIN_THRESHOLD`. Decoded images have faint specks far from any brain, where real slices are almost black.
     """
-    margin = max(5, 2 * (faithful.shape[1] // 32) + 1)
+    side = max(5, 2 * (faithful.shape[1] // 32) + 1)
     near = ops.cast(faithful > BRAIN_THRESHOLD, "float32")
-    for window in ((margin, 1), (1, margin)):  # Several times as fast as one square window, which is the same.
+    for window in ((side, 1), (1, side)):  # Several times as fast as one square window, which is the same.
         near = ops.max_pool(near, window, strides=1, padding="same")
     return near
 
@@ -280,7 +278,7 @@ class VelocityNetwork(keras.Model):
                 height, width = skipped[i].shape[1:3]  # Odd sizes are rounded up when they are halved.
                 features = ops.concatenate([features[:, :height, :width], skipped[i]], axis=-1)
             features = self.up_blocks[i](features, time)
-            if i == PATCH_RESOLUTION:
+            if i == PATCH_LEVEL:
                 features_of_patches = features
         of_patches = {"embedded_time": time, "features": features_of_patches}
         of_frequencies = self.frequency_branch(inputs["detail"], inputs["faithful"], inputs["time"], **of_patches)
@@ -318,7 +316,7 @@ def from_cells(cells: Tensor, side: int) -> Tensor:
 
 def patch_side(image_size: int) -> int:
     """Return the side of the patches of pixels whose frequencies the `FrequencyBranch` reads."""
-    return cell_side(image_size) * 2**PATCH_RESOLUTION
+    return cell_side(image_size) * 2**PATCH_LEVEL
 
 
 def to_patches(images: Tensor, side: int) -> Tensor:
@@ -500,12 +498,12 @@ class DecoderTuning(keras.Model):
         """
         images = ops.cast(inputs["images"], "float32") / 255
         faithful = ops.stop_gradient(self.decoder.decode_faithfully(self.decoder.lookup(inputs)))
-        count = ops.shape(images)[0]
+        count, seed = ops.shape(images)[0], self.seed_generator
         if training:
-            flips = keras.random.uniform((count, 1, 1, 1), seed=self.seed_generator) < 0.5
+            flips = own_rows(lambda n: keras.random.uniform((n, 1, 1, 1), seed=seed), count) < 0.5
             images, faithful = (ops.where(flips, ops.flip(batch, axis=2), batch) for batch in (images, faithful))
-        time = ops.sigmoid(keras.random.normal((count, 1, 1, 1), seed=self.seed_generator))
-        noise = keras.random.normal((count, *images.shape[1:]), seed=self.seed_generator)
+        time = ops.sigmoid(own_rows(lambda n: keras.random.normal((n, 1, 1, 1), seed=seed), count))
+        noise = own_rows(lambda n: keras.random.normal((n, *images.shape[1:]), seed=seed), count)
         detail = (images - faithful) / self.decoder.detail_scale
         mixed = (1 - time) * noise + time * detail
         velocity = self.decoder.velocity({"detail": mixed, "faithful": faithful, "time": time[:, 0, 0, 0]})

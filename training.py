@@ -28,6 +28,9 @@ from callbacks import (
 )
 from run import Run, RunError, checksum, remove
 
+# Settings that change what a network computes, but not the shapes of its weights.
+SAME_SHAPES = ("background_threshold", "use_position")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -36,17 +39,17 @@ class Stage:
     Attributes:
         name: Name of the network; its file is NAME.keras, its rows in history.csv have this stage.
         make: Creates the untrained network.
-        batches: Returns the training batches of an epoch, counted from 0, this process's shard of each.
+        batches: Given an epoch, counted from 0, returns its training batches, of each only this process's shard.
         validation: Returns this process's shard of the validation batches.
         steps: Number of training batches per epoch.
         monitor: Name of the validation metric that decides which epoch is best; lower is better.
         epochs: Number of epochs. The learning rate reaches 0 at the end of the last one.
         learning_rate: Peak of the learning rate.
+        learning_rate_option: Name of the constant that sets it, for messages.
         part: Returns the part of the network that is saved and used; the rest is needed in training only.
         made_from: Names of the results and facts of the run that determine the network; see `Run.make`.
         preview: Draws a small sheet of images, (H, W) in [0, 1], with a network that is not trained to the end yet.
         shown: Names of the metrics in the line that is printed per epoch.
-        learning_rate_option: Name of the constant that sets the learning rate, for messages.
     """
 
     name: str
@@ -57,11 +60,11 @@ class Stage:
     monitor: str
     epochs: int
     learning_rate: float
+    learning_rate_option: str
     part: Callable[[keras.Model], keras.Model] = lambda network: network
     made_from: Sequence[str] = ("slices",)
     preview: Callable[[keras.Model], np.ndarray] | None = None
     shown: Sequence[str] = ("loss",)
-    learning_rate_option: str = "learning_rate"
 
 
 def train(
@@ -102,7 +105,7 @@ def train(
         kept.set_weights(devices.broadcast_from_main(kept.get_weights()))
         return kept
     if stage.name in keep:
-        _set_initial_weights(network, network, run, file, start_from)
+        _begin(network, network, stage, run, start_from)
         return _save(kept, stage, run, made_from)
     with devices.distribution_scope(num_devices):
         with dtype_policy(precision):
@@ -119,7 +122,7 @@ def train(
         if epochs_done:
             print(f"continuing after epoch {epochs_done}")
         else:
-            _set_initial_weights(trained, network, run, file, start_from)
+            _begin(trained, network, stage, run, start_from)
         if epochs_done < stage.epochs:
             fit(trained, stage, epochs_done, _callbacks(stage, run, seed, network, checkpoint, previews))
     network.set_weights(checkpoint.best_weights)
@@ -160,40 +163,43 @@ def _refuse_unrecorded(run: Run, file: str) -> None:
         )
 
 
-def _set_initial_weights(
-    trained: keras.Model, network: keras.Model, run: Run | None, file: str, start_from: Path | None
-) -> None:
-    """Set a network that is not trained yet to the weights of the network to start from, if there is one.
-
-    Logs and previews of an earlier training of this network are removed.
+def _begin(trained: keras.Model, network: keras.Model, stage: Stage, run: Run | None, start_from: Path | None) -> None:
+    """Remove what an earlier training of this network has left, and set the weights to begin with, if there are any.
 
     Args:
-        trained: The network.
-        network: A network of the same architecture to load the weights into.
+        trained: The network to train.
+        network: A network of the same architecture to load the weights into; it may be the same one.
+        stage: How it is trained.
         run: The run; None in a process that gets the weights from the main process.
-        file: Name of the network's file.
         start_from: Folder of the network to start from.
 
     Raises:
         RunError: The network to start from is not the one that the run was started with.
     """
-    weights = None
     if run:
-        for folder in ("logs", "previews"):  # Of an earlier training.
-            remove(run.folder / folder / Path(file).stem)
-        if expected := run.facts.get(f"start_from/{file}"):
-            path = (start_from or Path()) / file
-            if not path.is_file() or checksum(path) != expected:
-                raise RunError(
-                    f"start_from is {start_from}: {file} is missing there or differs from the one that {run.folder} "
-                    "was started with; restore it, or choose another run_dir"
-                )
-            saving.load_weights(network, path)
-            weights = network.get_weights()
-    weights = devices.broadcast_from_main(weights)
+        for folder in ("logs", "previews"):
+            remove(run.folder / folder / stage.name)
+    weights = devices.broadcast_from_main(_initial_weights(network, run, f"{stage.name}.keras", start_from))
     if weights is not None:
-        print(f"{Path(file).stem}: beginning with the weights of {start_from}")
+        print(f"{stage.name}: beginning with the weights of {start_from}")
         trained.set_weights(weights)
+
+
+def _initial_weights(
+    network: keras.Model, run: Run | None, file: str, start_from: Path | None
+) -> list[np.ndarray] | None:
+    """Load and return the weights to begin with; None without a run or a network to start from. See `_begin`."""
+    expected = run.facts.get(f"start_from/{file}") if run else None
+    if not run or not expected:
+        return None
+    path = (start_from or Path()) / file
+    if not path.is_file() or checksum(path) != expected:
+        raise RunError(
+            f"start_from is {start_from}: {file} is missing there or differs from the one that {run.folder} was "
+            "started with; restore it, or choose another run_dir"
+        )
+    saving.load_weights(network, path)
+    return network.get_weights()
 
 
 def _callbacks(
@@ -299,7 +305,7 @@ def _check_architecture(network: keras.Model, path: Path) -> None:
     other = saving.load_model(path, type(network))
     here, there = network.get_config(), other.get_config()
     shapes = [[tuple(weights.shape) for weights in one.weights] for one in (network, other)]
-    if shapes[0] == shapes[1] and here.get("background_threshold") == there.get("background_threshold"):
+    if shapes[0] == shapes[1] and all(here.get(name) == there.get(name) for name in SAME_SHAPES):
         return
     differing = [name for name in here if here[name] != there[name] and name not in ("seed", "data_variance")]
     shown = "; ".join(f"{name} is {there[name]} there, {here[name]} here" for name in differing)

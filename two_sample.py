@@ -17,6 +17,7 @@ from scipy.spatial import distance
 import naming
 import seeds
 
+NEIGHBOURS = 5  # Precision, recall, density and coverage use balls that reach to the fifth nearest neighbour.
 CLASSIFIER_BATCH_SIZE = 32
 CLASSIFIER_STEPS, CLASSIFIER_MAX_EPOCHS = 1500, 12  # Training of a classifier; whatever is reached first.
 # Limits of what a classifier of codes reads: the side of the finest grid whose resolution its first convolution keeps,
@@ -169,19 +170,18 @@ def prdc(
     fake: np.ndarray,
     real_subjects: np.ndarray | None = None,
     fake_subjects: np.ndarray | None = None,
-    k: int = 5,
 ) -> dict[str, float]:
     """Compute precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    The manifold of a set is the union of balls around its features, each reaching to the k-th nearest neighbour in
-    the set. Slices of one subject do not count as neighbours: they are so similar that balls would contain no others.
+    The manifold of a set is the union of balls around its features, each reaching to the k-th nearest neighbour in the
+    set, with k = `NEIGHBOURS`. Slices of one subject do not count as neighbours: they are so similar that balls would
+    contain no others.
 
     Args:
         real: (N, D) features.
         fake: (M, D) features.
         real_subjects: (N,) subjects; by default, every slice is of a different subject.
         fake_subjects: (M,) subjects; the same default.
-        k: Number of the neighbour that a ball reaches to.
 
     Returns:
         All are NaN if any slice has fewer than k neighbours. Expected values for equal distributions hold for large
@@ -201,9 +201,9 @@ def prdc(
         return np.where(x_subjects[:, None] == y_subjects, np.inf, _squared_distances(x, y))
 
     def radii(points: np.ndarray, subjects: np.ndarray) -> np.ndarray:
-        return np.partition(distances(points, points, subjects, subjects), k - 1, axis=1)[:, k - 1]
+        return np.partition(distances(points, points, subjects, subjects), NEIGHBOURS - 1, axis=1)[:, NEIGHBOURS - 1]
 
-    if min(len(real), len(fake)) < k:
+    if min(len(real), len(fake)) < NEIGHBOURS:
         return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     between = distances(real, fake, real_subjects, fake_subjects)
     real_radii, fake_radii = radii(real, real_subjects), radii(fake, fake_subjects)
@@ -213,7 +213,7 @@ def prdc(
     return {
         "precision": float(inside.any(axis=0).mean()),
         "recall": float((between < fake_radii).any(axis=1).mean()),
-        "density": float(inside.sum(axis=0).mean() / k),
+        "density": float(inside.sum(axis=0).mean() / NEIGHBOURS),
         "coverage": float(inside.any(axis=1).mean()),
     }
 

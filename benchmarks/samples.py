@@ -118,7 +118,7 @@ def measure_samples(results: Results, seed: int) -> dict[str, Any]:
     return {
         "compared_slices": {split: len(index) for split, index in results.compared.items()},
         **numbers,
-        "c2st_codes": compared.classify_codes(compared.decoded, samples),
+        "c2st_codes": compared.classify_codes(compared.reconstructions, samples),
         "other_subjects": compared.measure_other_subjects(),
         "real_ms_ssim_of_pairs": pairs,
     }

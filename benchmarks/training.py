@@ -81,7 +81,7 @@ class Student(keras.Model):
         sample_weight: Tensor = None,
         training: bool = True,
     ) -> Tensor:
-        return ops.mean(ops.square(x - y_pred)) / self.data_variance + sum(self.losses)
+        return ops.mean(ops.square(x - y_pred)) / self.data_variance + self.quantizer.loss_and_metrics()
 
 
 def seconds_to_target(

@@ -1,40 +1,30 @@
-"""What the page can do, what it refuses, and that it works in a browser."""
+"""That the page is served, to whom, and that it works in a browser."""
 
 import base64
 import http.client
-import io
 import json
 import re
 import shutil
 import socket
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import pytest
-from PIL import Image
 
 import app
 import console
 import editing
-import phantom
-import sharp
-from tests import test_generator
-
-SETTINGS = {"seed": 5, "temperature": 1.0, "top_p": 1.0}
+from studio import Studio
+from tests import test_studio
+from tests.test_studio import SETTINGS
 
 
 @pytest.fixture(scope="module")
-def studio() -> app.Studio:
-    small = test_generator.make((4,))
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae, detail_channels=8))
-    return app.Studio(small.replace(decoder=decoder), "small", np.array([30.0, 10.0, 20.0]))
+def studio() -> Studio:
+    return test_studio.small_studio()
 
 
 @pytest.fixture(scope="module")
@@ -61,36 +51,6 @@ def post(port: int, name: str, body: Any, **headers: str) -> tuple[int, Any]:
     return send(port, "POST", f"/api/{name}", body, {k.replace("_", "-"): v for k, v in headers.items()})
 
 
-def open_file(port: int, name: str, content: bytes, **headers: str) -> tuple[int, Any]:
-    return post(port, "open", content, X_File_Name=base64.b64encode(name.encode()).decode(), **headers)
-
-
-def pixels(url: str) -> np.ndarray:
-    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
-        return np.asarray(image)
-
-
-def png(size: int = 40) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(phantom.slice_image(0, 1, 8, size)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def brain(port) -> dict[str, Any]:
-    status, answer = post(port, "draw", {"position": 1, "count": 2, **SETTINGS})
-    assert status == 200
-    return answer["brains"][0]
-
-
-def plain(brain: dict[str, Any]) -> dict[str, Any]:
-    return {name: brain[name] for name in ("codes", "noise", "position")}
-
-
-def drawn(*cells: int) -> list[int]:
-    return [int(i in cells) for i in range(16)]
-
-
 def test_the_page_loads_nothing_from_elsewhere(port):
     status, page = send(port, "GET", "/")
     assert status == 200
@@ -102,213 +62,23 @@ def test_the_page_loads_nothing_from_elsewhere(port):
     assert (info["unseen"]["edges"][0], info["unseen"]["edges"][-1]) == (10, 30)
 
 
-def test_brains_are_reproduced_by_their_seed(port, studio, brain):
-    again = post(port, "draw", {"position": 1, "count": 2, **SETTINGS})[1]["brains"]
-    assert again[0] == brain
-    assert again[1]["codes"] != brain["codes"]
-    codes = studio.generator.sample_codes([1], seed=5)
-    assert np.array_equal(brain["codes"][0], codes[0][0])
-    expected = (studio.generator.draw(codes, 5)[0, ..., 0] * 255).round()
-    assert np.array_equal(pixels(brain["image"]), expected)
-    alone = post(port, "redraw", {"brain": plain(again[1]), "count": 1, "seed": again[1]["noise"]})[1]["brains"]
-    assert alone == again[1:]
-
-
-def test_the_last_seed_is_its_own(port, brain):
-    last = {"seed": app.NUM_SEEDS - 1}
-    brains = post(port, "draw", {"position": 1, "count": 2, **SETTINGS, **last})[1]["brains"]
-    assert [one["noise"] for one in brains] == [app.NUM_SEEDS - 1, 0]
-
-
-def test_the_same_codes_are_redrawn_with_other_noise(port, brain):
-    status, answer = post(port, "redraw", {"brain": plain(brain), "count": 3, "seed": brain["noise"]})
-    assert status == 200
-    assert answer["brains"][0] == brain
-    assert len({one["image"] for one in answer["brains"]}) == 3
-    assert pixels(answer["deviation"]).shape == (32, 32, 3)
-
-
-def test_a_region_gets_other_codes(port, brain):
-    request = {"brain": plain(brain), "drawn": drawn(14, 15), "count": 4, **SETTINGS}
-    status, answer = post(port, "vary", request)
-    assert (status, answer["exact"]) == (200, True)
-    for one in answer["brains"]:
-        assert np.array_equal(np.ravel(one["codes"])[:14], np.ravel(brain["codes"])[:14])
-        assert one["noise"] == brain["noise"]
-    assert len({str(one["codes"]) for one in answer["brains"]}) > 1
-    assert not post(port, "vary", request | {"drawn": drawn(0)})[1]["exact"]
-
-
-def test_an_image_is_completed(port, brain):
-    request = {
-        "image": brain["image"],
-        "position": 1,
-        "drawn": drawn(2, 3, 6, 7, 10, 11, 14, 15),
-        "count": 2,
-        **SETTINGS,
-    }
-    status, answer = post(port, "complete", request)
-    assert (status, answer["exact"]) == (200, False)
-    for url in answer["images"]:
-        assert np.array_equal(pixels(url)[:, :16], pixels(brain["image"])[:, :16])
-    assert not np.array_equal(*map(pixels, answer["images"]))
-
-
-def test_films(port, brain):
-    other = post(port, "draw", {"position": 2, "count": 1, **SETTINGS, "seed": 9})[1]["brains"][0]
-    images = post(port, "walk", {"first": plain(brain), "second": plain(other), "steps": 4})[1]["images"]
-    assert images[0] == brain["image"]
-    assert len(set(images)) == 4
-    answer = post(port, "walk", {"first": plain(brain), "second": plain(other), "steps": 4})[1]
-    with Image.open(io.BytesIO(base64.b64decode(answer["film"].partition(",")[2]))) as film:
-        assert (film.n_frames, film.size) == (6, (32, 32))  # There and back again, without repeating the ends.
-    answer = post(port, "positions", SETTINGS)[1]
-    assert answer["positions"] == [0, 1, 2]
-    assert len(answer["images"]) == 3
-
-
-def test_a_png_is_reconstructed_and_its_position_found(port, studio):
-    status, opened = open_file(port, "Gehirn ü_slice_2.png", png())
-    assert (status, opened["position"]) == (200, 2)
-    own = post(port, "slice", {"image": opened["image"], "position": 2})[1]
-    codes = [np.array(level)[None] for level in own["brain"]["codes"]]
-    bits = studio.generator.bits_of_codes(codes, [2])[0]
-    assert own["bits"] == pytest.approx(bits, rel=1e-5)
-    assert own["fraction_below"] == pytest.approx(np.mean(np.array([10, 20, 30]) < bits))
-    assert pixels(own["error"]).shape == pixels(own["bits_maps"][0]).shape == (32, 32, 3)
-    found = post(port, "slice", {"image": opened["image"], "position": None})[1]
-    every = [studio.generator.bits_of_codes(codes, [position])[0] for position in range(3)]
-    assert found["brain"]["position"] == int(np.argmin(every))
-
-
-def test_a_volume_is_cut_at_any_height(port, tmp_path):
-    planes = [phantom.slice_image(0, 1, position, 40) for position in range(12)]
-    nib.save(
-        nib.Nifti1Image(np.stack(planes, axis=-1).astype(np.int16), np.diag([4.0, 4, 4, 1])), tmp_path / "v.nii.gz"
+def test_requests_reach_the_tools_and_their_answers_the_page(port, studio):
+    request = {"position": 1, "count": 1, **SETTINGS}
+    assert post(port, "draw", request) == (200, studio.draw(request))
+    assert post(port, "draw", request | {"count": 0}) == (
+        400,
+        {"error": "count is 0: must be a whole number from 1 to 48"},
     )
-    status, opened = open_file(port, "v.nii.gz", (tmp_path / "v.nii.gz").read_bytes())
-    assert status == 200
-    cuts = [post(port, "slice", {**opened, "height": height, "position": 1})[1]["original"] for height in (10, 60)]
-    assert cuts[0] != cuts[1]
-    status, _ = open_file(port, "v.nii.gz", (tmp_path / "v.nii.gz").read_bytes(), X_Orientation="lia")
-    assert status == 200
-    assert opened["is_oriented"]
-    nib.save(nib.Nifti1Image(np.stack(planes, axis=-1).astype(np.int16), np.eye(4)), tmp_path / "w.nii.gz")
-    for letters, is_oriented in (("", False), ("RAS", True)):
-        content = (tmp_path / "w.nii.gz").read_bytes()
-        assert open_file(port, "w.nii.gz", content, X_Orientation=letters)[1]["is_oriented"] == is_oriented
-    status, answer = open_file(port, "v.nii.gz", (tmp_path / "v.nii.gz").read_bytes(), X_Orientation="abc")
-    assert status == 400
-    assert "orientation is abc" in answer["error"]
-    assert "open it again" in post(port, "slice", {"volume": "gone", "height": 5, "position": 1})[1]["error"]
 
 
-def test_the_number_of_volumes_in_memory_is_limited(port, studio, tmp_path):
-    nib.save(
-        nib.Nifti1Image(np.eye(8, dtype=np.int16)[..., None].repeat(8, 2), np.diag([4.0, 4, 4, 1])), tmp_path / "v.nii"
-    )
-    keys = [
-        open_file(port, "v.nii", (tmp_path / "v.nii").read_bytes())[1]["volume"] for _ in range(app.MAX_VOLUMES + 1)
-    ]
-    assert list(studio.volumes) == keys[1:]
+def test_files_reach_the_tools_with_their_names(port):
+    def opened(name: str, content: bytes = b"text") -> tuple[int, Any]:
+        return post(port, "open", content, X_File_Name=base64.b64encode(name.encode()).decode())
 
-
-def test_a_slice_without_a_brain_is_refused(port):
-    black = app._image_url(np.zeros((32, 32, 1)))
-    status, answer = post(port, "slice", {"image": black, "position": None})
-    assert (status, answer["error"][:24]) == (400, "the slice shows no brain")
-
-
-@pytest.mark.parametrize("grids", [(4,), (4, 8)], ids=["one level", "two levels"])
-def test_runs_of_any_kind_work_in_every_tool(grids):
-    """Without a sharp decoder or slices of unseen people, at another size, and with two levels of codes."""
-    plain_studio = app.Studio(test_generator.make(grids), "plain", np.array([]))
-    assert plain_studio.info()["unseen"]["counts"] == []
-    brain, other = plain_studio.draw({"position": 1, "count": 2, **SETTINGS})["brains"]
-    assert [np.shape(level) for level in brain["codes"]] == [(grid, grid) for grid in grids]
-    assert plain_studio.redraw({"brain": brain, "count": 1, "seed": 7})["brains"][0]["image"] == brain["image"]
-    region = {"drawn": [0] * (grids[-1] ** 2 // 2) + [1] * (grids[-1] ** 2 // 2), "count": 1, **SETTINGS}
-    varied = plain_studio.vary({"brain": brain, **region})
-    completed = plain_studio.complete({"image": brain["image"], "position": 1, **region})
-    assert varied["exact"] == completed["exact"] == (len(grids) == 1)
-    assert np.array_equal(pixels(completed["images"][0])[:16], pixels(brain["image"])[:16])
-    assert len(plain_studio.walk({"first": brain, "second": other, "steps": 2})["images"]) == 2
-    assert len(plain_studio.positions(SETTINGS)["images"]) == 3
-    own = plain_studio.slice({"image": brain["image"], "position": None})
-    assert [pixels(url).shape for url in own["bits_maps"]] == [(32, 32, 3)] * len(grids)
-    assert own["fraction_below"] is None
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("", b"text", "X-File-Name is missing"),
-        ("notes.txt", b"text", "notes.txt: is neither a PNG nor a NIfTI or MGH volume"),
-        ("broken.png", b"text", "broken.png: is not a PNG image in spite of its name"),
-        ("broken.nii", b"text", "broken.nii: is not a readable volume"),
-        ("brain.hdr", b"text", "brain.hdr: Analyze volumes consist of two files"),
-        ("../../up.png", b"", "up.png: is empty"),
-    ],
-)
-def test_files_that_cannot_be_read_are_named(port, name, content, message):
-    status, answer = open_file(port, name, content)
-    assert status == 400
-    assert answer["error"].startswith(message)
-    assert "/tmp" not in answer["error"]
-
-
-def png_url(size: int) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png(size)).decode()}"
-
-
-def huge_png() -> str:
-    """A PNG whose header promises more pixels than fit into memory."""
-    content = png()
-    header = content[12:16] + struct.pack(">II", 50000, 50000) + content[24:29]
-    content = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-WRONG = [
-    ("draw", {"position": 9}, "position is 9: must be a whole number from 0 to 2"),
-    ("draw", {"count": 0}, "count is 0"),
-    ("draw", {"count": True}, "count is True"),
-    ("draw", {"seed": -1}, "seed is -1"),
-    ("draw", {"temperature": "hot"}, "temperature is 'hot': must be a number from 0.05 to 5"),
-    ("draw", {"temperature": float("nan")}, "temperature is nan"),
-    ("draw", {"top_p": 0}, "top_p is 0"),
-    ("redraw", {"brain": None}, "brain is missing: draw or open a brain first"),
-    ("redraw", {"brain": {"codes": [[[1, 2], [3, 4]]]}}, "brain has codes of another shape than small uses"),
-    ("redraw", {"brain": {"codes": [[["a"] * 4] * 4]}}, "brain has codes that are not whole numbers"),
-    ("redraw", {"brain": {"codes": [[[0.5] * 4] * 4]}}, "brain has codes that are not whole numbers"),
-    ("redraw", {"brain": {"codes": [[[10**30] * 4] * 4]}}, "brain has codes that are not whole numbers"),
-    ("redraw", {"brain": {"codes": [[[1], [1, 2]]]}}, "brain has codes of another shape than small uses"),
-    ("redraw", {"brain": {"codes": [[[99] * 4] * 4]}}, "brain has codes outside of 0 to 15"),
-    ("complete", {"image": "data:image/png;base64,AAAA"}, "image: is not a PNG"),
-    ("complete", {"image": "data:image/png;base64,A"}, "image: is not base64"),
-    ("complete", {"image": huge_png()}, "image: has 50000 × 50000 pixels, too large"),
-    ("complete", {"image": png_url(33)}, "image: has 33 × 33 pixels, must have 32 × 32"),
-    ("complete", {"image": None}, "image is missing"),
-    ("complete", {"drawn": [0] * 16}, "drawn must be 16 numbers, 0 or 1, and not all 0"),
-    ("complete", {"drawn": [[1]] * 16}, "drawn must be 16 numbers"),
-    ("walk", {"steps": 1}, "steps is 1"),
-]
-
-
-@pytest.mark.parametrize(("tool", "change", "message"), WRONG)
-def test_wrong_requests_get_status_400_and_a_message(port, brain, tool, change, message):
-    request = {
-        "position": 1,
-        "count": 1,
-        **SETTINGS,
-        "brain": plain(brain),
-        "first": plain(brain),
-        "second": plain(brain),
-    }
-    request |= {"steps": 3, "image": brain["image"], "drawn": drawn(3), **change}
-    status, answer = post(port, tool, request)
-    assert status == 400
-    assert answer["error"].startswith(message)
+    status, answer = opened("Gehirn ü_slice_2.png", test_studio.png())
+    assert (status, answer["position"]) == (200, 2)
+    assert opened("../../up.png", b"") == (400, {"error": "up.png: is empty"})
+    assert "X-File-Name is missing" in opened("")[1]["error"]
 
 
 def test_what_is_not_json_is_refused(port):
@@ -447,7 +217,7 @@ def reproduced(browser: Any, page: Any, selector: str) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_tool_works_in_a_browser(browser, port, tmp_path, width):
-    (tmp_path / "case_001_slice_1.png").write_bytes(png())
+    (tmp_path / "case_001_slice_1.png").write_bytes(test_studio.png())
     page, messages = browser.new_page(viewport={"width": width, "height": 900}), []
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
@@ -541,15 +311,3 @@ def test_the_page_names_every_tool(studio):
     page = Path(app.PAGE).read_text(encoding="utf-8")
     assert all(f'call("{name}"' in page for name in studio.tools)
     assert set(editing.HALVES) <= set(re.findall(r'data-region="(\w+)"', page))
-
-
-def test_the_networks_that_come_along_are_small_and_draw_brains():
-    files = [path for path in app.WEIGHTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 15e6
-    assert json.loads((app.WEIGHTS / "config.json").read_text())["constants"]["data_dir"] is None
-    studio = app.Studio.load(app.WEIGHTS)
-    images = studio.generator.sample([14, 14], seed=1)
-    assert len(studio.unseen_bits) == 360
-    assert np.all(images.mean(axis=(1, 2, 3)) > 0.1)
-    assert not images[:, :4, :4].any()
-    assert np.abs(images[0] - images[1]).mean() > 0.01

@@ -10,7 +10,7 @@ import controls
 import metrics
 import phantom
 
-SPACES = ("codes", "pixels", "features")
+SPACES = ("codes", "pixels", "features", "images")
 PRDC = ("precision", "recall", "density", "coverage")
 
 

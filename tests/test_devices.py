@@ -29,7 +29,8 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 TRAIN_ON_ONE_AND_TWO = """
 import json
 import keras, numpy as np
-import dataset, devices, model
+import tensorflow as tf
+import dataset, devices, model, sharp
 
 def train(count, codebook, grids):
     keras.utils.set_random_seed(0)
@@ -48,8 +49,23 @@ def train(count, codebook, grids):
     embeddings = [keras.ops.convert_to_numpy(quantizer.embeddings).tolist() for quantizer in vqvae.quantizers]
     return {**history, "embeddings": embeddings}
 
+def velocity_errors(count):
+    keras.utils.set_random_seed(0)
+    random = np.random.default_rng(0)
+    inputs = {"images": random.integers(0, 256, (4, 32, 32, 1)), "codes_0": random.integers(0, 8, (4, 4, 4))}
+    with devices.distribution_scope(count):
+        vqvae = model.VQVAE(32, [4], channels=4, residual_blocks=0, num_embeddings=8, embedding_dim=4)
+        scales = np.full(sharp.patch_side(32) ** 2, 0.1)
+        tuning = sharp.DecoderTuning(sharp.SharpDecoder.untrained(vqvae, detail_channels=8, detail_scales=scales))
+        strategy = tf.distribute.get_strategy()
+        batches = tf.data.Dataset.from_tensors({name: array.astype(np.int32) for name, array in inputs.items()})
+        batch = next(iter(strategy.experimental_distribute_dataset(batches.unbatch().batch(4))))
+        errors = strategy.run(lambda inputs: tuning(inputs, training=True), args=(batch,))
+    return np.concatenate(strategy.experimental_local_results(errors), axis=1).tolist()
+
 cases = json.loads(sys.argv[1])
-print(json.dumps({codebook: [train(count, codebook, grids) for count in (1, 2)] for codebook, grids in cases.items()}))
+trained = {codebook: [train(count, codebook, grids) for count in (1, 2)] for codebook, grids in cases.items()}
+print(json.dumps({**trained, "decoder": [velocity_errors(count) for count in (1, 2)]}))
 """
 
 # Defines a function that runs the driver, by default without what follows training, and returns the logs of each epoch.
@@ -151,6 +167,12 @@ def test_two_devices_train_like_one_and_restart_the_same_dead_codes(trained_on_o
                 np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
         else:
             assert two[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+def test_two_devices_draw_the_noise_that_one_would(trained_on_one_and_two):
+    one, two = trained_on_one_and_two["decoder"]
+    np.testing.assert_allclose(two, one, atol=1e-5)
+    assert not np.allclose(two[0][:2], two[0][2:])
 
 
 def test_a_single_process_is_the_main_process():

@@ -310,6 +310,9 @@ def test_networks_of_another_architecture_are_refused_before_anything_is_written
         driver.main(config)
     assert f"start_from is {finished.run_dir}: prior.keras has another architecture" in str(error.value)
     assert "filters is 8 there, 16 here" in str(error.value)
+    config = dataclasses.replace(config, prior_filters=finished.prior_filters, prior_uses_position=False)
+    with pytest.raises(RunError, match="use_position is True there, False here"):  # The shapes are the same.
+        driver.main(config)
     assert not config.run_dir.exists()
 
 

@@ -21,9 +21,7 @@ from tests import test_generator
 def made() -> Generator:
     """Small networks with a sharp decoder."""
     small = test_generator.make((4,))
-    return small.replace(
-        decoder=test_generator.with_random_weights(sharp.SharpDecoder.untrained(small.vqvae, detail_channels=8))
-    )
+    return small.replace(decoder=test_generator.sharp_decoder(small.vqvae))
 
 
 @pytest.fixture
@@ -151,7 +149,7 @@ def test_exported_networks_compute_the_same(tmp_path, monkeypatch, grids, is_sha
     pytest.importorskip("tf2onnx")
     generator = test_generator.make(grids)
     if is_sharp:
-        decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(generator.vqvae, detail_channels=8))
+        decoder = test_generator.sharp_decoder(generator.vqvae)
         generator = generator.replace(decoder=decoder)
     monkeypatch.setattr(Generator, "load", lambda folder: generator)
     generate.main(generate.Options(tmp_path / "run", export=tmp_path / "brains.onnx"))
@@ -197,7 +195,7 @@ def test_a_compact_copy_is_read_like_the_run(tmp_path, grids):
 
 def test_a_compact_copy_stores_what_both_decoders_share_once(tmp_path):
     generator = test_generator.make((4,))
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(generator.vqvae, detail_channels=8))
+    decoder = test_generator.sharp_decoder(generator.vqvae)
     decoder.copy_decoders(generator.vqvae)
     test_generator.write_run(tmp_path / "run", generator.replace(decoder=decoder))
     generate.main(generate.Options(tmp_path / "run", compact=tmp_path / "small"))
@@ -210,7 +208,7 @@ def test_a_compact_copy_stores_what_both_decoders_share_once(tmp_path):
 
 def test_a_compact_copy_can_do_without_the_sharp_decoder(tmp_path):
     generator = test_generator.make((4,))
-    decoder = sharp.SharpDecoder.untrained(generator.vqvae, detail_channels=8)
+    decoder = test_generator.sharp_decoder(generator.vqvae)
     test_generator.write_run(tmp_path / "run", generator.replace(decoder=decoder))
     generate.main(generate.Options(tmp_path / "run", compact=tmp_path / "small", sharp=False))
     assert Generator.load(tmp_path / "small").decoder is None

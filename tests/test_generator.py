@@ -30,6 +30,12 @@ def with_random_weights(network: keras.Model) -> keras.Model:
     return network
 
 
+def sharp_decoder(vqvae: model.VQVAE) -> sharp.SharpDecoder:
+    """A small sharp decoder with random weights."""
+    scales = np.full(sharp.patch_side(vqvae.image_size) ** 2, 0.1)
+    return with_random_weights(sharp.SharpDecoder.untrained(vqvae, detail_channels=8, detail_scales=scales))
+
+
 def make(grids: tuple[int, ...], **settings: Any) -> Generator:
     """Networks with one level of codes; or with two, a code for background, and attention."""
     background = {"background_threshold": 0.05} if len(grids) > 1 else {}
@@ -217,6 +223,14 @@ def test_chosen_samples_do_not_depend_on_those_that_follow(made):
     assert all(np.array_equal(a, b[:2]) for a, b in zip(few, many, strict=True))
 
 
+def test_a_compiled_copy_draws_with_the_networks_that_replace_its_own(images):
+    own, other = make((4,)), make((4,), channels=16)
+    codes, replaced = own.encode(images), {"vqvae": other.vqvae}
+    drawn = own.compiled().replace(**replaced).draw(codes)
+    np.testing.assert_array_equal(drawn, own.replace(**replaced).draw(codes))
+    assert not np.allclose(drawn, own.draw(codes))
+
+
 def test_proposals_depend_on_the_augmentation(made):
     parameters = np.zeros((3, augmentation.NUM_PARAMETERS), np.float32)
     plain, same, other = (
@@ -348,7 +362,7 @@ def test_without_a_sharp_decoder_the_vqvae_draws(made, images):
 
 
 def test_what_is_drawn_depends_on_seed_and_purpose_and_not_on_the_batch_size(made, images):
-    decoder = with_random_weights(sharp.SharpDecoder.untrained(made.vqvae, detail_channels=8))
+    decoder = sharp_decoder(made.vqvae)
     large, small = (Generator(made.vqvae, made.priors, POSITIONS, size, decoder=decoder) for size in (3, 1))
     codes = made.encode(images)
     drawn = large.draw(codes, 1)

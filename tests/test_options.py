@@ -125,6 +125,7 @@ LARGE = {"image_size": 256, "prior_blocks": 6, "batch_size": 16}
     [
         ({"image_size": 100}, "give one or two grids"),
         ({**LARGE, "grids": (64,), "prior_attention": 3}, "prior_attention is 3: on a grid of 64"),
+        ({**LARGE, "grids": (64,), "prior": "plain", "prior_attention": 1}, "prior_attention is 1: on a grid of 64"),
         ({**LARGE, "grids": (32, 64), "bottom_prior_attention": 1}, "bottom_prior_attention is 1: on a grid of 64"),
         ({"bottom_prior_filters": 1}, "bottom_prior_filters is 1: must be at least 2"),
         ({"grids": (8, 4)}, "grids: (8, 4) "),

@@ -161,13 +161,14 @@ def test_weaknesses_are_listed_as_bad(samples, title, words):
         ("near_duplicate_rate_codes", "Samples: memorisation", "In codes"),
         ("near_duplicate_rate_pixels", "Samples: memorisation", "In pixels"),
         ("near_duplicate_rate_features", "Samples: memorisation", "In features"),
+        ("near_duplicate_rate_images", "Samples: memorisation", "As they are shown"),
     ],
 )
 @pytest.mark.parametrize("is_good", [True, False])
 def test_nothing_follows_from_a_measure_that_fails_its_controls(measure, title, words, is_good):
     bad = {**dict.fromkeys(("critic_auc", "precision", "coverage", "recall"), 0.1), "c2st_real": accuracy(0.97)}
     bad |= {"c2st_codes": accuracy(0.97), "c2st_reconstructions": accuracy(0.97)}
-    bad |= {f"near_duplicate_rate_{space}": 0.5 for space in ("codes", "pixels", "features")}
+    bad |= {f"near_duplicate_rate_{space}": 0.5 for space in SPACES}
     samples = {} if is_good else bad
     passed = findings_by_title(**samples)[title]
     assert mentioned([*passed.good, *passed.bad], words)

@@ -243,7 +243,7 @@ def test_the_scale_of_the_detail_is_that_of_training_slices(encoded, decoder_sta
 
 def test_a_decoder_of_another_precision_is_a_copy_that_draws_nearly_the_same(encoded):
     _, _, encoder, codes = encoded
-    decoder = test_generator.with_random_weights(sharp.SharpDecoder.untrained(encoder.vqvae, detail_channels=8))
+    decoder = test_generator.sharp_decoder(encoder.vqvae)
     copy = stages.with_precision(decoder, "mixed_bfloat16")
     assert copy.velocity.first.compute_dtype == "bfloat16"
     assert len(copy.variables) == len(decoder.variables)
