@@ -62,11 +62,15 @@ SAMPLE_ROWS = (
         (
             f"near_duplicate_rate_{space}",
             f"near-duplicates of training slices, in {space}",
-            "fraction as near to a training slice as the nearest 1\u00a0% of unseen slices; about 0.01 is expected, "
-            "but in codes, where many distances are equal, as much as for the reconstructions",
+            f"fraction as near to a training slice as the nearest 1\u00a0% of unseen slices; {expected}",
             f"near_duplicate_rate_{space}",
         )
-        for space in ("codes", "pixels", "features")
+        for space, expected in (
+            ("codes", "many distances are equal, so compare it with that of the reconstructions"),
+            ("pixels", "0.01 is expected"),
+            ("features", "0.01 is expected"),
+            ("images", "0.01 is expected"),
+        )
     ),
 )
 # Key and name of the columns of the table of controls.
