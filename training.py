@@ -29,7 +29,7 @@ from callbacks import (
 from run import Run, RunError, checksum, remove
 
 # Settings that change what a network computes, but not the shapes of its weights.
-SAME_SHAPES = ("background_threshold", "use_position")
+COMPARED_SETTINGS = ("background_threshold", "use_position")
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _check_architecture(network: keras.Model, path: Path) -> None:
     other = saving.load_model(path, type(network))
     here, there = network.get_config(), other.get_config()
     shapes = [[tuple(weights.shape) for weights in one.weights] for one in (network, other)]
-    if shapes[0] == shapes[1] and all(here.get(name) == there.get(name) for name in SAME_SHAPES):
+    if shapes[0] == shapes[1] and all(here.get(name) == there.get(name) for name in COMPARED_SETTINGS):
         return
     differing = [name for name in here if here[name] != there[name] and name not in ("seed", "data_variance")]
     shown = "; ".join(f"{name} is {there[name]} there, {here[name]} here" for name in differing)
