@@ -37,7 +37,8 @@ def sample_codes(
         conditioning: Inputs of the prior other than the codes, (N, ...) each.
         uniforms: (N, h · w) float32, random numbers in [0, 1), one for each code.
         temperature, top_k, top_p: See `filter_logits`.
-        batch_size: Number of grids that are sampled together.
+        batch_size: Number of grids that are sampled together. The first batch of each size takes some seconds longer,
+            because XLA compiles the loop for it.
         progress: Function that is called after each batch with the number of grids in it.
         known: (N, h, w) int32, codes that are known, and −1 for those that are sampled. By default all are sampled.
 
@@ -48,13 +49,14 @@ def sample_codes(
     count = len(conditioning["positions"])
     known = np.full((count, height, width), -1) if known is None else known
     sample = _compiled_sampler(prior, top_k, top_p < 1)
+    size = min(batch_size, count)
     codes: list[np.ndarray] = []
-    for start in range(0, count, batch_size):
-        batch = slice(start, start + batch_size)
+    for start in range(0, count, size):
+        batch = np.minimum(np.arange(start, start + size), count - 1)  # The last one is filled up to the same size.
         inputs = {name: values[batch] for name, values in conditioning.items()}
         limits = np.float32(temperature), np.float32(top_p)
         sampled = sample(uniforms[batch], inputs, *limits, np.asarray(known[batch], np.int32))
-        codes.append(ops.convert_to_numpy(sampled))
+        codes.append(ops.convert_to_numpy(sampled)[: count - start])
         if progress:
             progress(len(codes[-1]))
     return np.concatenate(codes).reshape(-1, height, width)
@@ -82,31 +84,34 @@ def _compiled_sampler(prior: PixelCNN, top_k: int, has_top_p: bool) -> Callable[
         codes = cached_sampling(prior, conditioning, inputs, sample_cell)  # (h, w, B)
         return ops.reshape(ops.transpose(codes, (2, 0, 1)), (-1, height * width))
 
-    return compile_function(sample, prior.variables)
+    return compile_function(sample, prior.variables, use_xla=True)
 
 
 def compile_function(
-    function: Callable[..., Tensor], variables: Sequence[keras.Variable] = ()
+    function: Callable[..., Tensor], variables: Sequence[keras.Variable] = (), use_xla: bool = False
 ) -> Callable[..., Tensor]:
     """Return the function compiled to one graph of the backend.
 
     Args:
         function: A function of scalars and of tensors (B, …), for any batch size B.
         variables: Variables that the function reads and that may change between its calls.
+        use_xla: Whether TensorFlow, like JAX always, compiles each batch size anew with XLA. This pays off for loops of
+            many small operations, as in sampling. Convolutions of images are slower with it on CPUs.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        graphs = tf.function(function, autograph=False)
+        graphs = tf.function(function, autograph=False, jit_compile=use_xla)
 
-        def of_any_batch_size(tensor: Tensor) -> tf.TensorSpec:
-            return tf.TensorSpec([None, *tensor.shape[1:]] if tensor.shape.rank else [], tensor.dtype)
+        def signature(tensor: Tensor) -> tf.TensorSpec:
+            batch_size = tensor.shape[:1] if use_xla else [None]
+            return tf.TensorSpec([*batch_size, *tensor.shape[1:]] if tensor.shape.rank else [], tensor.dtype)
 
-        # A graph for one batch size rounds differently. If there were several graphs, results would depend on the batch
-        # sizes of earlier calls, and a run that was stopped and continued could end differently.
+        # Graphs for one and for any batch size round differently. If TensorFlow chose among them, results would depend
+        # on the batch sizes of earlier calls, and a run that was stopped and continued could end differently.
         def call(*arguments: Any) -> Tensor:
             tensors = tf.nest.map_structure(tf.convert_to_tensor, arguments)
-            return graphs.get_concrete_function(*tf.nest.map_structure(of_any_batch_size, tensors))(*tensors)
+            return graphs.get_concrete_function(*tf.nest.map_structure(signature, tensors))(*tensors)
 
         return call
     if keras.backend.backend() == "jax":
