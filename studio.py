@@ -24,6 +24,7 @@ import pngs
 from generator import Generator
 
 MAX_IMAGES = 48  # per request
+FIRST_COUNT = 8  # brains that app.html draws at first
 NUM_SEEDS = 2**32
 MAX_VOLUMES = 4  # that are kept in memory
 MAX_BITS = 12  # per code, of the brightest colour of a map
@@ -86,10 +87,10 @@ class Studio:
         }
 
     def prepare(self) -> None:
-        """Draw some brains, which compiles the networks, so that the first request does not wait for it."""
-        request = {"position": int(self.generator.positions[0]), "seed": 0, "temperature": 1.0, "count": 1}
-        for top_p in (1.0, 0.9):
-            self.draw(request | {"top_p": top_p})
+        """Draw what the page draws at first. This compiles the networks, so that the first request does not wait."""
+        position = int(self.generator.positions[0])
+        self.draw({"position": position, "seed": 0, "temperature": 1.0, "top_p": 1.0, "count": FIRST_COUNT})
+        self.generator.sample_codes([position] * FIRST_COUNT, top_p=0.9)
 
     def draw(self, request: dict[str, Any]) -> dict[str, Any]:
         """Draw new brains at a position."""

@@ -17,7 +17,7 @@ import pytest
 import app
 import console
 import editing
-from studio import Studio
+from studio import FIRST_COUNT, Studio
 from tests import test_studio
 from tests.test_studio import SETTINGS
 
@@ -60,6 +60,11 @@ def test_the_page_loads_nothing_from_elsewhere(port):
     assert (info["size"], info["grids"], info["positions"], info["sharp"]) == (32, [4], [0, 1, 2], True)
     assert sum(info["unseen"]["counts"]) == 3
     assert (info["unseen"]["edges"][0], info["unseen"]["edges"][-1]) == (10, 30)
+
+
+def test_the_page_draws_at_first_what_the_studio_has_prepared():
+    page = app.PAGE.read_text(encoding="utf-8")
+    assert re.search(r'id="count" .*value="(\d+)"', page)[1] == str(FIRST_COUNT)
 
 
 def test_requests_reach_the_tools_and_their_answers_the_page(port, studio):
